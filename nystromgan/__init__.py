@@ -1,0 +1,21 @@
+"""Landmark attention, exact spatio-temporal attention and spectral normalisation: fused kernels and modules for PyTorch."""
+
+from nystromgan._backend import UnsupportedError, available_backends
+from nystromgan.functional import (
+    iterative_pinv,
+    nystrom_attention,
+    power_iteration,
+    spatiotemporal_attention,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UnsupportedError",
+    "__version__",
+    "available_backends",
+    "iterative_pinv",
+    "nystrom_attention",
+    "power_iteration",
+    "spatiotemporal_attention",
+]

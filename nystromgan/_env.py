@@ -1,0 +1,18 @@
+"""The only reader of environment variables; each has a row in `docs/environment.md`."""
+
+import os
+
+
+def triton_interpret() -> bool:
+    """TRITON_INTERPRET=1: the triton backend runs on the CPU, in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def cpu_isa() -> str:
+    """NYSTROMGAN_CPU_ISA: the highest instruction set that the native CPU library may use; empty means the best found."""
+    return os.environ.get("NYSTROMGAN_CPU_ISA", "")
+
+
+def native_library_dir() -> str:
+    """NYSTROMGAN_LIBRARY_DIR: where to look for the native libraries; empty means inside the package."""
+    return os.environ.get("NYSTROMGAN_LIBRARY_DIR", "")

@@ -1,0 +1,71 @@
+"""The torch.library ops of the project: how one is defined, and how its second derivative is made."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("nystromgan", "FRAGMENT")
+
+
+def define(schema: str, implementation: Callable, fake: Callable) -> None:
+    """Defines the op of `schema`, implemented in Python for every device; `fake` gives shapes and dtypes only."""
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nystromgan::{name}", fake, lib=LIBRARY)
+
+
+def define_native(schema: str) -> None:
+    """Declares the op of `schema`, which the native libraries implement for the dispatch keys of their devices."""
+    LIBRARY.define(schema)
+
+
+def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
+    """Gives the op `name` its derivative."""
+    torch.library.register_autograd(f"nystromgan::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def vjp_of_vjp(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    grad_output: Tensor,
+    grad_grads: Sequence[Tensor | None],
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The derivative of a backward pass, from the differentiable definition of its forward pass.
+
+    For g = vjp(function, inputs)(grad_output), gives the gradients of sum(g * grad_grads) for grad_output and for
+    inputs. The result is differentiable again when grad mode is on, so the order of differentiation has no end.
+    `inputs` and `grad_grads` match one to one; None stands for an absent input or a gradient that nobody asked for.
+    """
+    create_graph = torch.is_grad_enabled()
+
+    def alias(tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor) if tensor.requires_grad and create_graph else tensor.detach().requires_grad_()
+
+    with torch.enable_grad():
+        present = [i for i, x in enumerate(inputs) if x is not None and grad_grads[i] is not None]
+        variables: list[Any] = [None if x is None else alias(x) for x in inputs]
+        grad_output = alias(grad_output)
+        tracked = [x for x in variables if x is not None]
+        grads = torch.autograd.grad(
+            function(*variables),
+            [variables[i] for i in present],
+            grad_output,
+            create_graph=True,
+            materialize_grads=True,
+        )
+        weights = [grad_grads[i].to(g.dtype) for i, g in zip(present, grads, strict=True)]  # type: ignore[union-attr]
+        pairs = [(g, w) for g, w in zip(grads, weights, strict=True) if g.requires_grad]
+        if not pairs:
+            return None, [None] * len(inputs)
+        seconds = torch.autograd.grad(
+            [g for g, _ in pairs],
+            [grad_output, *tracked],
+            [w for _, w in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    rest = iter(seconds[1:])
+    return seconds[0], [None if x is None else next(rest) for x in variables]

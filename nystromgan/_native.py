@@ -1,0 +1,29 @@
+"""Finding and loading the native libraries, once, at first use."""
+
+import functools
+import pathlib
+
+import torch
+
+from nystromgan import _env
+
+CPU_LIBRARY = "libnystromgan_cpu.so"
+
+
+def library_path(name: str) -> pathlib.Path:
+    """Where the library `name` is, or would be if it were built."""
+    directory = _env.native_library_dir()
+    return pathlib.Path(directory or pathlib.Path(__file__).parent / "lib") / name
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_reasons() -> list[str]:
+    """Loads the native CPU library; the reasons why it cannot be used, none when it can."""
+    path = library_path(CPU_LIBRARY)
+    if not path.exists():
+        return [f"the native CPU library is not built ({path} is missing; reinstall with a C++17 compiler)"]
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return [f"the native CPU library does not load: {error}"]
+    return []

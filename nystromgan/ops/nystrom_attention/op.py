@@ -1,0 +1,252 @@
+"""`nystrom_attention`: the public function. It checks, plans the landmarks, chooses a backend and calls the op."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nystromgan import _backend, _check
+from nystromgan.ops.iterative_pinv import PINV_INITS
+from nystromgan.ops.nystrom_attention import library, reference
+from nystromgan.ops.nystrom_attention.landmarks import (
+    Layout,
+    Plan,
+    grid_index,
+    landmark_grid,
+    masked_landmarks,
+)
+from nystromgan.ops.spatiotemporal_attention.op import attention
+
+OP = "nystrom_attention"
+
+
+def nystrom_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_landmarks: int | Sequence[int] = 64,
+    grid: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    query_landmarks: Tensor | None = None,
+    key_landmarks: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    query_padding_mask: Tensor | None = None,
+    conv_weight: Tensor | None = None,
+    scale: float | None = None,
+    cluster_iterations: int = 0,
+    pinv_iterations: int = 6,
+    pinv_init: str = "per_matrix",
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention through landmarks, in time and memory linear in the number of tokens.
+
+        F = softmax(s Q K~^T)    A = softmax(s Q~ K~^T)    G = softmax(s Q~ K^T)    output = F Z (G V)
+
+    where Q~ and K~ are M landmark queries and keys, and Z is `pinv_iterations` steps of `iterative_pinv` on A.
+    With at least as many landmarks as queries or keys, and none given, the result is exact attention.
+
+    Args:
+        query: (B, H, N, D), any floating-point dtype, any strides.
+        key: (B, H, S, D), as query.
+        value: (B, H, S, E), as query.
+        num_landmarks: M, or one count per axis of `grid`. With an int and a grid, counts per axis are chosen to keep
+            blocks near cubic; their product may then fall short of M by up to an eighth.
+        grid: the tokens' shape, for example (T, H, W), row-major: landmarks are block means in space-time. Without it
+            they are means of equal segments of the sequence. For other keys, a pair (query_grid, key_grid).
+        query_landmarks: (B, H, M, D) given by the caller, with key_landmarks; differentiable; then nothing is pooled.
+        key_landmarks: (B, H, M, D).
+        key_padding_mask: (B, S) bool, True = ignore. Segments are laid over the valid tokens, so a padded row gives the
+            answer of the same row alone. A row with no valid key gives zeros.
+        query_padding_mask: (B, N) bool, True = not in any landmark. Where it is not given and N = S, queries and keys
+            are taken for the same tokens and it is key_padding_mask.
+        conv_weight: (H, kernel_size), kernel_size odd: adds a depthwise convolution of value along the tokens.
+        scale: s, D ** -0.5 unless given.
+        cluster_iterations: Lloyd steps that move the landmarks from those means towards their tokens; 2 is the advice.
+            Gradients flow through the last means with the assignment fixed.
+        pinv_iterations: steps of the pseudo-inverse.
+        pinv_init: "per_matrix", or "global_max" to match checkpoints of libraries that scale by the batch's maximum.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        (B, H, N, E) in query's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+        UnsupportedError: a named backend cannot run this input.
+
+    Differentiable to any order: the first by the backend's backward, higher ones through the definition, which stores
+    N x M factors. Under autocast, inputs are cast to its dtype; A, Z and G V are float32 at least.
+    Source: Xiong et al., "Nyströmformer", 2021, eq. 13; clustering after Zhang, Tsang and Kwok, 2008.
+    """
+    _check_inputs(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else _check.finite("scale", scale)
+    _check.at_least("cluster_iterations", cluster_iterations, 0)
+    _check.at_least("pinv_iterations", pinv_iterations, 0)
+    _check.one_of("pinv_init", pinv_init, PINV_INITS)
+    _check_masks(query, key, key_padding_mask, query_padding_mask)
+    if conv_weight is not None:
+        _check_conv(query, key, conv_weight)
+    if query_padding_mask is None and query.shape[2] == key.shape[2]:
+        query_padding_mask = key_padding_mask
+
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    chosen = _backend.choose(OP, backend, (query, key, value))
+    with torch.autocast(device_type, enabled=False):
+        if query_landmarks is not None or key_landmarks is not None:
+            if grid is not None or cluster_iterations:
+                raise ValueError("grid and cluster_iterations are for pooled landmarks, got them with landmarks given")
+            _check_landmarks(query, query_landmarks, key_landmarks)
+            plan, layout = Plan(query_landmarks, key_landmarks, key_padding_mask=key_padding_mask), None
+        else:
+            layout = _layout(query.shape[2], key.shape[2], num_landmarks, grid)
+            plan = _pooled_plan(query_padding_mask, key_padding_mask, layout)
+        if layout is not None and math.prod(layout.landmark_grid) >= min(query.shape[2], key.shape[2]):
+            output = attention(query, key, value, key_padding_mask, scale, chosen)
+        else:
+            if cluster_iterations:
+                assert layout is not None
+                plan, layout = _clustered_plan(query, key, plan, layout, cluster_iterations, chosen), None
+            output = _attend(query, key, value, plan, layout, scale, pinv_iterations, pinv_init, chosen)
+        if conv_weight is not None:
+            output = output + reference.conv_residual(value, conv_weight, key_padding_mask)
+    return output
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check.tensor(name, tensor, 4)
+        _check.same(name, tensor, "query", query, "device", "dtype")
+        _check.size(name, tensor, 0, query.shape[0], "query's batch")
+        _check.size(name, tensor, 1, query.shape[1], "query's heads")
+    _check.size("key", key, 3, query.shape[3], "query's head dim D")
+    _check.size("value", value, 2, key.shape[2], "key's tokens S")
+    _check.at_least("query's tokens N", query.shape[2], 1)
+    _check.at_least("key's tokens S", key.shape[2], 1)
+    _check.at_least("query's head dim D", query.shape[3], 1)
+    _check.at_least("value's head dim E", value.shape[3], 1)
+
+
+def _check_masks(query: Tensor, key: Tensor, key_mask: Tensor | None, query_mask: Tensor | None) -> None:
+    if key_mask is not None:
+        _check.padding_mask("key_padding_mask", key_mask, key.shape[0], key.shape[2], key.device)
+    if query_mask is not None:
+        _check.padding_mask("query_padding_mask", query_mask, query.shape[0], query.shape[2], query.device)
+
+
+def _check_conv(query: Tensor, key: Tensor, weight: Tensor) -> None:
+    _check.tensor("conv_weight", weight, 2)
+    _check.same("conv_weight", weight, "query", query, "device")
+    _check.size("conv_weight", weight, 0, query.shape[1], "query's heads")
+    if weight.shape[1] % 2 != 1:
+        raise ValueError(f"conv_weight must have an odd kernel size, got {weight.shape[1]}")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"conv_weight needs N = S, got {query.shape[2]} queries and {key.shape[2]} keys")
+
+
+def _check_landmarks(query: Tensor, query_landmarks: Tensor | None, key_landmarks: Tensor | None) -> None:
+    if query_landmarks is None or key_landmarks is None:
+        missing = "query_landmarks" if query_landmarks is None else "key_landmarks"
+        raise ValueError(f"query_landmarks and key_landmarks must be given together, got no {missing}")
+    for name, landmarks in (("query_landmarks", query_landmarks), ("key_landmarks", key_landmarks)):
+        _check.tensor(name, landmarks, 4)
+        _check.same(name, landmarks, "query", query, "device")
+        for axis, reason in ((0, "query's batch"), (1, "query's heads"), (3, "query's head dim D")):
+            _check.size(name, landmarks, axis, query.shape[axis], reason)
+    _check.at_least("query_landmarks' count M", query_landmarks.shape[2], 1)
+    _check.size("key_landmarks", key_landmarks, 2, query_landmarks.shape[2], "query_landmarks' count M")
+
+
+def _layout(
+    queries: int,
+    keys: int,
+    num_landmarks: int | Sequence[int],
+    grid: Sequence[int] | Sequence[Sequence[int]] | None,
+) -> Layout:
+    """Grids of the queries, the keys and the landmarks; one axis where no grid is given."""
+    if grid is None:
+        if isinstance(num_landmarks, Sequence):
+            raise ValueError(f"num_landmarks must be an integer without grid, got {tuple(num_landmarks)}")
+        _check.at_least("num_landmarks", num_landmarks, 1)
+        return Layout((queries,), (keys,), (num_landmarks,))
+    pair = len(grid) > 0 and isinstance(grid[0], Sequence)
+    query_grid, key_grid = (tuple(axes) for axes in (grid if pair else (grid, grid)))  # type: ignore[misc]
+    for name, axes, tokens in (("query", query_grid, queries), ("key", key_grid, keys)):
+        for size in axes:
+            _check.at_least("grid's sizes", size, 1)
+        if math.prod(axes) != tokens:
+            raise ValueError(f"grid {axes} must have as many positions as {name} has tokens, {tokens}")
+    if len(query_grid) != len(key_grid):
+        raise ValueError(f"grid must have as many axes for queries as for keys, got {query_grid} and {key_grid}")
+    smallest = tuple(min(sizes) for sizes in zip(query_grid, key_grid, strict=True))
+    return Layout(query_grid, key_grid, landmark_grid(num_landmarks, smallest))
+
+
+def _pooled_plan(query_mask: Tensor | None, key_mask: Tensor | None, layout: Layout) -> Plan:
+    key_index, key_landmark_mask, exact_rows = masked_landmarks(key_mask, layout.key_grid, layout.landmark_grid)
+    if query_mask is key_mask:
+        query_index, query_landmark_mask = key_index, key_landmark_mask
+    else:
+        query_index, query_landmark_mask, _ = masked_landmarks(query_mask, layout.query_grid, layout.landmark_grid)
+    return Plan(
+        query_index=query_index,
+        key_index=key_index,
+        key_padding_mask=key_mask,
+        query_landmark_mask=query_landmark_mask,
+        key_landmark_mask=key_landmark_mask,
+        exact_rows=exact_rows,
+    )
+
+
+def _indexed(plan: Plan, layout: Layout, device: torch.device) -> Plan:
+    """The plan with an index wherever the layout alone gave it."""
+    query_index, key_index = plan.query_index, plan.key_index
+    if query_index is None:
+        query_index = grid_index(layout.query_grid, layout.landmark_grid, device)
+    if key_index is None:
+        key_index = grid_index(layout.key_grid, layout.landmark_grid, device)
+    return plan._replace(query_index=query_index, key_index=key_index)
+
+
+def _clustered_plan(query: Tensor, key: Tensor, plan: Plan, layout: Layout, iterations: int, backend: str) -> Plan:
+    """The plan after Lloyd steps on queries and on keys; nothing here is differentiated."""
+    plan = _indexed(plan, layout, query.device)
+    count = math.prod(layout.landmark_grid)
+    cluster = reference.cluster_landmarks if backend == "reference" else library.cluster(backend)
+    with torch.no_grad():
+        query_landmarks, query_index = cluster(
+            query.detach(), plan.query_index, plan.query_landmark_mask, plan.exact_rows, count, iterations
+        )
+        key_landmarks, key_index = cluster(
+            key.detach(), plan.key_index, plan.key_landmark_mask, plan.exact_rows, count, iterations
+        )
+    return plan._replace(
+        query_landmarks=query_landmarks, key_landmarks=key_landmarks, query_index=query_index, key_index=key_index
+    )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    layout: Layout | None,
+    scale: float,
+    pinv_iterations: int,
+    pinv_init: str,
+    backend: str,
+) -> Tensor:
+    global_init = pinv_init == "global_max"
+    if layout is None:
+        assert plan.query_landmarks is not None
+        count, grids = plan.query_landmarks.shape[2], Layout((), (), ())
+    else:
+        count, grids = math.prod(layout.landmark_grid), layout
+    if backend == "reference":
+        plan = plan if layout is None else _indexed(plan, layout, query.device)
+        return reference.nystrom_attention(query, key, value, plan, count, scale, pinv_iterations, global_init)
+    options = (*plan, *grids, count, scale, pinv_iterations, global_init, backend)
+    return torch.ops.nystromgan.nystrom_attention(query, key, value, *options)[0]

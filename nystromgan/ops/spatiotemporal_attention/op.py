@@ -1,0 +1,220 @@
+"""`spatiotemporal_attention`: the public function, its torch.library ops and their derivatives."""
+
+import torch
+from torch import Tensor
+
+from nystromgan import _backend, _check, _library
+from nystromgan.ops.spatiotemporal_attention import reference
+
+OP = "spatiotemporal_attention"
+
+
+def spatiotemporal_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    num_heads: int = 1,
+    scale: float | None = None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Exact softmax attention over every position of images, videos or sequences, straight from channel-first maps.
+
+        output[:, n] = gamma * sum_s softmax_s(scale * query[:, n] . key[:, s]) value[:, s] + residual[:, n]
+
+    Args:
+        query: (B, C, *grid), any floating-point dtype, any strides; grids of 1 to 3 axes.
+        key: (B, C, *key_grid), on the same or another grid (pooled keys, cross-attention).
+        value: (B, E, *key_grid).
+        num_heads: divides C and E; heads are consecutive channels.
+        scale: (C / num_heads) ** -0.5 unless given.
+        gamma: scalar tensor multiplied in; 1 without it.
+        residual: (B, E, *grid) added; nothing without it.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        (B, E, *grid) in query's dtype. Sums are float32 at least; nothing of N x S is stored.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+        UnsupportedError: a named backend cannot run this input.
+
+    Differentiable to any order: the first by the backend's backward, higher ones through the definition, which stores
+    the N x S weights. Under autocast, inputs are cast to its dtype.
+    Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2019, eq. 1 to 3.
+    """
+    _check_inputs(query, key, value, num_heads)
+    scale = (query.shape[1] // num_heads) ** -0.5 if scale is None else _check.finite("scale", scale)
+    batch, value_channels, grid = value.shape[0], value.shape[1], query.shape[2:]
+    _check_epilogue(query, (batch, value_channels, *grid), gamma, residual)
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    residual = None if residual is None else residual.to(query.dtype)
+    chosen = _backend.choose(OP, backend, (query, key, value))
+    with torch.autocast(device_type, enabled=False):
+        output = _attend(
+            _split_heads(query, num_heads),
+            _split_heads(key, num_heads),
+            _split_heads(value, num_heads),
+            None,
+            gamma,
+            None if residual is None else _split_heads(residual, num_heads),
+            scale,
+            False,
+            chosen,
+        )
+    return output.reshape(batch, value_channels, *grid)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, scale: float, backend: str
+) -> Tensor:
+    """Exact attention of tokens: query (B, H, N, D), key (B, H, S, D), value (B, H, S, E) -> (B, H, N, E)."""
+    return _attend(query.mT, key.mT, value.mT, key_padding_mask, None, None, scale, True, backend).mT
+
+
+def _split_heads(maps: Tensor, num_heads: int) -> Tensor:
+    """(B, H C, *grid) -> (B, H, C, N), a view wherever the strides allow."""
+    return maps.flatten(2).unflatten(1, (num_heads, -1))
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> None:
+    _check.tensor("query", query)
+    if not 3 <= query.ndim <= 5:
+        raise ValueError(f"query must be (B, C, *grid) with a grid of 1 to 3 axes, got shape {tuple(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        _check.tensor(name, tensor, query.ndim)
+        _check.same(name, tensor, "query", query, "device", "dtype")
+        _check.size(name, tensor, 0, query.shape[0], "query's batch")
+    _check.size("key", key, 1, query.shape[1], "query's channels")
+    for axis in range(2, query.ndim):
+        _check.size("value", value, axis, key.shape[axis], "key's grid")
+    _check.at_least("num_heads", num_heads, 1)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        for axis in range(1, tensor.ndim):
+            _check.at_least(f"{name}'s axis {axis}", tensor.shape[axis], 1)
+        if tensor.shape[1] % num_heads:
+            raise ValueError(f"num_heads must divide {name}'s {tensor.shape[1]} channels, got {num_heads}")
+
+
+def _check_epilogue(query: Tensor, shape: tuple[int, ...], gamma: Tensor | None, residual: Tensor | None) -> None:
+    if gamma is not None:
+        _check.tensor("gamma", gamma)
+        _check.same("gamma", gamma, "query", query, "device")
+        if gamma.numel() != 1:
+            raise ValueError(f"gamma must have one element, got shape {tuple(gamma.shape)}")
+    if residual is not None:
+        _check.tensor("residual", residual)
+        _check.same("residual", residual, "query", query, "device")
+        if tuple(residual.shape) != shape:
+            raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
+
+
+def _attend(query, key, value, key_padding_mask, gamma, residual, scale, token_major, backend):  # type: ignore[no-untyped-def]
+    gamma = None if gamma is None else gamma.reshape(())
+    if backend == "reference":
+        return reference.spatiotemporal_attention(query, key, value, key_padding_mask, gamma, residual, scale)
+    if gamma is None and residual is not None:  # the op saves its result for the backward only beside a gamma
+        return residual + _attend(query, key, value, key_padding_mask, None, None, scale, token_major, backend)
+    inputs = (query, key, value, gamma, residual)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return torch.ops.nystromgan.spatiotemporal_attention(
+        query, key, value, key_padding_mask, gamma, residual, scale, token_major, save, backend
+    )[0]
+
+
+# The op: query (B, H, C, N), key (B, H, C, S), value (B, H, E, S) of any strides -> output (B, H, E, N), laid out as
+# (B, H, N, E) where token_major; with save also the result before gamma and residual (empty when it is the output
+# itself) and the log-sum-exp (B, H, N) float32, which are what the backward needs.
+SCHEMA = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? gamma, Tensor? residual, float scale, "
+    "bool token_major, bool save"
+)
+BACKWARD_SCHEMA = (
+    "Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, Tensor? gamma, "
+    "Tensor attended, Tensor logsumexp, float scale, bool token_major"
+)
+
+
+def _forward(*arguments):  # type: ignore[no-untyped-def]
+    *inputs, backend = arguments
+    return torch.ops.nystromgan.spatiotemporal_attention_native(*inputs)
+
+
+def _backward(*arguments):  # type: ignore[no-untyped-def]
+    *inputs, backend = arguments
+    return torch.ops.nystromgan.spatiotemporal_attention_backward_native(*inputs)
+
+
+def _laid_out(like: Tensor, shape: tuple[int, ...], token_major: bool) -> Tensor:
+    *outer, channels, tokens = shape
+    return like.new_empty(*outer, tokens, channels).mT if token_major else like.new_empty(shape)
+
+
+def _fake_forward(query, key, value, key_padding_mask, gamma, residual, scale, token_major, save, backend):  # type: ignore[no-untyped-def]
+    batch, heads, _, tokens = query.shape
+    shape = (batch, heads, value.shape[2], tokens)
+    attended_shape = shape if save and gamma is not None else None
+    attended = query.new_empty(0) if attended_shape is None else _laid_out(query, attended_shape, token_major)
+    logsumexp = query.new_empty((batch, heads, tokens) if save else (0,), dtype=torch.float32)
+    return _laid_out(query, shape, token_major), attended, logsumexp
+
+
+def _fake_backward(grad_output, query, key, value, mask, gamma, attended, logsumexp, scale, token_major, backend):  # type: ignore[no-untyped-def]
+    grads = tuple(_laid_out(x, x.shape, token_major) for x in (query, key, value))
+    return *grads, query.new_empty((), dtype=torch.float32)
+
+
+_library.define(f"{OP}({SCHEMA}, str backend) -> (Tensor, Tensor, Tensor)", _forward, _fake_forward)
+_library.define(
+    f"{OP}_backward({BACKWARD_SCHEMA}, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _backward, _fake_backward
+)
+_library.define_native(f"{OP}_native({SCHEMA}) -> (Tensor, Tensor, Tensor)")
+_library.define_native(f"{OP}_backward_native({BACKWARD_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def _save_forward(ctx, inputs, outputs):
+    query, key, value, mask, gamma, residual, ctx.scale, ctx.token_major, _, ctx.backend = inputs
+    output, attended, logsumexp = outputs
+    attended = output if gamma is None else attended
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(query, key, value, mask, gamma, attended, logsumexp)
+    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_forward(ctx, grad_output, *_):
+    if grad_output is None:
+        return (None,) * 10
+    *tensors, attended, logsumexp = ctx.saved_tensors
+    grads = torch.ops.nystromgan.spatiotemporal_attention_backward(
+        grad_output, *tensors, attended, logsumexp, ctx.scale, ctx.token_major, ctx.backend
+    )
+    gamma = tensors[4]
+    grad_gamma = None if gamma is None else grads[3].to(gamma.dtype)
+    grad_residual = grad_output if ctx.has_residual else None
+    return *grads[:3], None, grad_gamma, grad_residual, None, None, None, None
+
+
+def _save_backward(ctx, inputs, outputs):
+    grad_output, query, key, value, mask, gamma, _, _, ctx.scale, _, _ = inputs
+    ctx.save_for_backward(grad_output, query, key, value, mask, gamma)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_backward(ctx, *grad_grads):
+    grad_output, query, key, value, mask, gamma = ctx.saved_tensors
+
+    def definition(query, key, value, gamma):
+        return reference.spatiotemporal_attention(query, key, value, mask, gamma, None, ctx.scale)
+
+    second, firsts = _library.vjp_of_vjp(definition, [query, key, value, gamma], grad_output, grad_grads)
+    return second, *firsts[:3], None, firsts[3], None, None, None, None, None
+
+
+_library.register_autograd(OP, _save_forward, _differentiate_forward)
+_library.register_autograd(f"{OP}_backward", _save_backward, _differentiate_backward)
