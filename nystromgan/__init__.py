@@ -1,4 +1,4 @@
-"""Landmark attention, exact spatio-temporal attention and spectral normalisation: fused kernels and modules for PyTorch."""
+"""Landmark attention, exact spatio-temporal attention, spectral norm: fused kernels and modules for PyTorch."""
 
 from nystromgan._backend import UnsupportedError, available_backends
 from nystromgan.functional import (

@@ -79,8 +79,8 @@ def choose(
 ) -> str:
     """The backend that runs `op`: the named one, or for "auto" the first able one of the table.
 
-    `op_reasons(backend)` adds what only the op itself knows. Raises ValueError for an unknown name and UnsupportedError,
-    with every reason, for a named backend that cannot run this input.
+    `op_reasons(backend)` adds what only the op itself knows. Raises ValueError for an unknown name, and UnsupportedError
+    with every reason for a named backend that cannot run this input.
     """
     if backend == "auto":
         for candidate in IMPLEMENTED[op]:

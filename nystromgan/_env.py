@@ -9,7 +9,7 @@ def triton_interpret() -> bool:
 
 
 def cpu_isa() -> str:
-    """NYSTROMGAN_CPU_ISA: the highest instruction set that the native CPU library may use; empty means the best found."""
+    """NYSTROMGAN_CPU_ISA: the highest instruction set that the native CPU library may use; empty means any."""
     return os.environ.get("NYSTROMGAN_CPU_ISA", "")
 
 

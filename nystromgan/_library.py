@@ -1,5 +1,6 @@
 """The torch.library ops of the project: how one is defined, and how its second derivative is made."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,13 @@ def define(schema: str, implementation: Callable, fake: Callable) -> None:
 def define_native(schema: str) -> None:
     """Declares the op of `schema`, which the native libraries implement for the dispatch keys of their devices."""
     LIBRARY.define(schema)
+
+
+def kernel(op: str, name: str, backend: str) -> Callable:
+    """What runs `name`, an op of folder `op`, on `backend`; every backend takes the arguments of the native schema."""
+    if backend == "triton":
+        return getattr(importlib.import_module(f"nystromgan.ops.{op}.triton"), name)
+    return getattr(torch.ops.nystromgan, f"{name}_native")
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:

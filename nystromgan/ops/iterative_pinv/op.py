@@ -6,6 +6,7 @@ from torch import Tensor
 from nystromgan import _backend, _check, _library
 from nystromgan.ops.iterative_pinv import reference
 
+OP = "iterative_pinv"
 PINV_INITS = ("per_matrix", "global_max")
 
 
@@ -43,7 +44,7 @@ def iterative_pinv(matrix: Tensor, *, iterations: int = 6, init: str = "per_matr
     _check.one_of("init", init, PINV_INITS)
     if matrix.dtype != torch.float64:
         matrix = matrix.float()
-    chosen = _backend.choose("iterative_pinv", backend, (matrix,))
+    chosen = _backend.choose(OP, backend, (matrix,))
     with torch.autocast(matrix.device.type, enabled=False):
         if chosen == "reference":
             return reference.iterative_pinv(matrix, iterations, init == "global_max")
@@ -51,11 +52,11 @@ def iterative_pinv(matrix: Tensor, *, iterations: int = 6, init: str = "per_matr
 
 
 def _forward(matrix: Tensor, iterations: int, global_init: bool, backend: str) -> Tensor:
-    return torch.ops.nystromgan.iterative_pinv_native(matrix, iterations, global_init)
+    return _library.kernel(OP, OP, backend)(matrix, iterations, global_init)
 
 
 def _backward(grad_output: Tensor, matrix: Tensor, iterations: int, global_init: bool, backend: str) -> Tensor:
-    return torch.ops.nystromgan.iterative_pinv_backward_native(grad_output, matrix, iterations, global_init)
+    return _library.kernel(OP, f"{OP}_backward", backend)(grad_output, matrix, iterations, global_init)
 
 
 def _contiguous_like(matrix: Tensor) -> Tensor:
@@ -103,5 +104,5 @@ def _differentiate_backward(ctx, grad_grad):
     return second, first, None, None, None
 
 
-_library.register_autograd("iterative_pinv", _save_forward, _differentiate_forward)
-_library.register_autograd("iterative_pinv_backward", _save_backward, _differentiate_backward)
+_library.register_autograd(OP, _save_forward, _differentiate_forward)
+_library.register_autograd(f"{OP}_backward", _save_backward, _differentiate_backward)

@@ -21,8 +21,10 @@ class Layout(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The landmarks of one call. An index (B|1, H|1, tokens) int32 gives each token's landmark, -1 for none; where it is
-    absent and so are the landmarks, the layout gives it. Landmarks given together with an index are the means over it.
+    """The landmarks of one call.
+
+    An index (B|1, H|1, tokens) int32 gives each token's landmark, -1 for none; where it is absent and so are the
+    landmarks, the layout gives it. Landmarks given together with an index are the means over it.
     """
 
     query_landmarks: Tensor | None = None  # (B, H, M, D)
@@ -52,10 +54,10 @@ def landmark_grid(num_landmarks: int | Sequence[int], grid: Sequence[int]) -> tu
 
 @torch.compiler.assume_constant_result
 def near_cubic_counts(num_landmarks: int, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """Counts per axis whose product is `num_landmarks`, or up to an eighth less where that keeps blocks nearer to cubes.
+    """Counts per axis with product `num_landmarks`, or up to an eighth less where that keeps blocks nearer to cubes.
 
-    Minimises log(longest / shortest block side) + 32 log(num_landmarks / product): one landmark in fifty is worth a block
-    nearly twice as close to a cube.
+    Minimises log(longest / shortest block side) + 32 log(num_landmarks / product): one landmark in fifty is worth
+    a block nearly twice as close to a cube.
     """
     return _near_cubic_counts(num_landmarks, grid)
 
@@ -86,7 +88,7 @@ def _factorizations(total: int, grid: tuple[int, ...]) -> list[tuple[int, ...]]:
 
 
 def grid_index(grid: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
-    """(1, 1, tokens) int32: the block of each token, row-major. The first size mod count blocks of an axis are longer."""
+    """(1, 1, tokens) int32: each token's block, row-major; the first size mod count blocks of an axis are longer."""
     index = torch.zeros((), dtype=torch.int32, device=device)
     for size, count in zip(grid, counts, strict=True):
         position = torch.arange(size, dtype=torch.int32, device=device)

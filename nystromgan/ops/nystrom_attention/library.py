@@ -10,6 +10,8 @@ from nystromgan import _library
 from nystromgan.ops.nystrom_attention import reference
 from nystromgan.ops.nystrom_attention.landmarks import Plan, cached_grid_index
 
+OP = "nystrom_attention"
+
 TENSORS = "Tensor query, Tensor key, Tensor value"
 PLAN = (
     "Tensor? query_landmarks, Tensor? key_landmarks, Tensor? query_index, Tensor? key_index, "
@@ -41,16 +43,16 @@ def _resolved(plan: Plan, query_grid: list[int], key_grid: list[int], landmark_g
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     *options, backend = rest
     plan = _resolved(Plan(*options[:NUM_PLAN]), *options[NUM_PLAN : NUM_PLAN + 3], query.device)
-    return torch.ops.nystromgan.nystrom_attention_native(query, key, value, *plan, *options[NUM_PLAN + 3 :])
+    run = _library.kernel(OP, OP, backend)
+    return run(query, key, value, *plan, *options[NUM_PLAN + 3 :])
 
 
 def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     *options, backend = rest
     saved, options = options[:5], options[5:]
     plan = _resolved(Plan(*options[:NUM_PLAN]), *options[NUM_PLAN : NUM_PLAN + 3], query.device)
-    return torch.ops.nystromgan.nystrom_attention_backward_native(
-        grad_output, query, key, value, *saved, *plan, *options[NUM_PLAN + 3 :]
-    )
+    run = _library.kernel(OP, f"{OP}_backward", backend)
+    return run(grad_output, query, key, value, *saved, *plan, *options[NUM_PLAN + 3 :])
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
@@ -155,17 +157,16 @@ def _differentiate_backward(ctx, *grad_grads):
     return (second, *firsts[:3], *(None,) * 5, *firsts[3:], *rest)
 
 
-_library.register_autograd("nystrom_attention", _save_forward, _differentiate_forward)
-_library.register_autograd("nystrom_attention_backward", _save_backward, _differentiate_backward)
+_library.register_autograd(OP, _save_forward, _differentiate_forward)
+_library.register_autograd(f"{OP}_backward", _save_backward, _differentiate_backward)
 
 
 CLUSTER = "Tensor tokens, Tensor index, Tensor? landmark_mask, Tensor? frozen_rows, {int} num_landmarks, int iterations"
 
 
 def _cluster(tokens, index, landmark_mask, frozen_rows, num_landmarks, iterations, backend):
-    return torch.ops.nystromgan.cluster_landmarks_native(
-        tokens, index, landmark_mask, frozen_rows, num_landmarks, iterations
-    )
+    run = _library.kernel(OP, "cluster_landmarks", backend)
+    return run(tokens, index, landmark_mask, frozen_rows, num_landmarks, iterations)
 
 
 def _fake_cluster(tokens, index, landmark_mask, frozen_rows, num_landmarks, iterations, backend):

@@ -36,7 +36,7 @@ def pool(tokens: Tensor, index: Tensor, num_landmarks: int) -> Tensor:
 
 
 def landmarks_of(tokens: Tensor, landmarks: Tensor | None, index: Tensor | None, num_landmarks: int) -> Tensor:
-    """(B, H, M, D): the landmarks given, or the means over an index; of both, the means with the given for empty ones."""
+    """(B, H, M, D): the landmarks given, or the means over an index; of both, the given where the means are empty."""
     if index is None:
         assert landmarks is not None
         return accumulated(landmarks)

@@ -142,12 +142,12 @@ BACKWARD_SCHEMA = (
 
 def _forward(*arguments):  # type: ignore[no-untyped-def]
     *inputs, backend = arguments
-    return torch.ops.nystromgan.spatiotemporal_attention_native(*inputs)
+    return _library.kernel(OP, OP, backend)(*inputs)
 
 
 def _backward(*arguments):  # type: ignore[no-untyped-def]
     *inputs, backend = arguments
-    return torch.ops.nystromgan.spatiotemporal_attention_backward_native(*inputs)
+    return _library.kernel(OP, f"{OP}_backward", backend)(*inputs)
 
 
 def _laid_out(like: Tensor, shape: tuple[int, ...], token_major: bool) -> Tensor:
