@@ -21,7 +21,7 @@ def cpu_reasons() -> list[str]:
     """Loads the native CPU library; the reasons why it cannot be used, none when it can."""
     path = library_path(CPU_LIBRARY)
     if not path.exists():
-        return [f"the native CPU library is not built ({path} is missing; reinstall with a C++17 compiler)"]
+        return [f"the native CPU library is not built ({path} is missing; reinstall with g++ >= 11 or clang++ >= 12)"]
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

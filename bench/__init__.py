@@ -1,0 +1,1 @@
+"""Benchmark cases, peers and reports; installs as nystromgan.bench."""

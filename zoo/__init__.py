@@ -1,0 +1,1 @@
+"""The models, their recipes and their checkpoints; installs as nystromgan.zoo."""
