@@ -1,5 +1,6 @@
 """Finding and loading the native libraries, once, at first use."""
 
+import ctypes
 import functools
 import pathlib
 
@@ -27,3 +28,12 @@ def cpu_reasons() -> list[str]:
     except OSError as error:
         return [f"the native CPU library does not load: {error}"]
     return []
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that the native CPU library chose for this machine; None without the library."""
+    if cpu_reasons():
+        return None
+    function = ctypes.CDLL(str(library_path(CPU_LIBRARY))).nystromgan_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()

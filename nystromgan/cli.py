@@ -1,0 +1,33 @@
+"""The command `nystromgan`: a table of subcommands, each one module with `add_arguments(parser)` and `run(args)`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name: (module, imported only when its command runs; what it does)
+COMMANDS = {
+    "doctor": ("nystromgan._doctor", "say what this machine can run, and why not the rest"),
+}
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the whole command line; only the command that `argv` names gets its arguments."""
+    parser = argparse.ArgumentParser(prog="nystromgan", description="Nyström attention for images and video.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name in argv[:1]:
+            importlib.import_module(module).add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code, 1 after an error that the user can mend, told in one line."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser(argv).parse_args(argv)
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"nystromgan {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
