@@ -36,10 +36,12 @@ wheel: $(READY)
 	rm -rf build/lib* build/bdist*
 	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
-# The op tests on a library built with ASan and UBSan (g++); python itself is not, so the runtimes are preloaded.
+# The op tests on a library built with ASan and UBSan (g++); python itself is not, so the runtimes are preloaded. Fresh
+# memory is filled with 0xff, which is NaN: scratch that is read before it is written shows in the numbers.
+sanitize: ASAN = detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=268435456
 sanitize: $(READY)
 	CXX=$(CXX) NYSTROMGAN_BUILD=cpu NYSTROMGAN_SANITIZE=1 $(PY) setup.py -q build_native
-	NYSTROMGAN_LIBRARY_DIR=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	NYSTROMGAN_LIBRARY_DIR=$(CURDIR)/build/sanitize ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
 	$(PY) -m pytest -q tests/ops
 

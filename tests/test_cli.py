@@ -1,0 +1,65 @@
+"""The command line: what doctor says, and that errors are one line and a non-zero exit code."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from nystromgan import _backend, _doctor, cli
+
+
+def _doctor_without_library(tmp_path: pathlib.Path, *options: str) -> str:
+    environment = {**os.environ, "NYSTROMGAN_LIBRARY_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "nystromgan", "doctor", *options]
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def test_doctor_lists_every_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for op in _backend.IMPLEMENTED:
+        start = lines.index(op) + 1
+        assert [line.split()[0] for line in lines[start : start + 4]] == list(_backend.BACKENDS)
+
+
+def test_doctor_json_agrees_with_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["backends"]) == set(_backend.IMPLEMENTED)
+    for op, backends in report["backends"].items():
+        assert backends["reference"] == []
+        assert backends["cpu"] == _backend.unsupported_reasons(op, "cpu", [])
+    assert (report["cpu"]["isa"] is None) == (report["advice"] is not None)
+
+
+def test_doctor_without_the_native_library_says_how_to_get_it(tmp_path: pathlib.Path) -> None:
+    text = _doctor_without_library(tmp_path)
+    assert f"{tmp_path}/libnystromgan_cpu.so is missing" in text
+    assert text.splitlines()[-1].startswith("Advice: ")
+    report = json.loads(_doctor_without_library(tmp_path, "--json"))
+    assert report["cpu"]["isa"] is None
+
+
+def test_unknown_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["doktor"])
+    assert "'doktor'" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> dict[str, object]:
+        raise OSError("two\nlines")
+
+    monkeypatch.setattr(_doctor, "inspect_machine", fail)
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "nystromgan doctor: two lines\n"
+
+
+def test_the_command_is_installed() -> None:
+    command = pathlib.Path(sys.executable).with_name("nystromgan")
+    done = subprocess.run([command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in cli.COMMANDS)
