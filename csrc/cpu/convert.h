@@ -1,0 +1,168 @@
+// Between tensors in their storage type and fp32: vectors, rows, and matrices of any strides.
+#pragma once
+
+#include "simd.h"
+#include "types.h"
+
+namespace nystromgan::NYSTROMGAN_ISA {
+
+NYSTROMGAN_INLINE Vec widen(BFloat16, HalfBitsVec bits) { return (Vec)(__builtin_convertvector(bits, BitsVec) << 16); }
+
+NYSTROMGAN_INLINE Vec widen(Half, HalfBitsVec bits) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)bits);
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps((__m128i)bits);
+#else
+  const BitsVec wide = __builtin_convertvector(bits, BitsVec);
+  const BitsVec sign = (wide & 0x8000) << 16;
+  const BitsVec magnitude = (wide & 0x7fff) << 13;
+  const Vec finite = (Vec)magnitude * 0x1p112f;  // moves the exponent's bias, subnormals included
+  const BitsVec special = magnitude | 0x7f800000;
+  return (Vec)(sign | (magnitude >= 0x0f800000 ? special : (BitsVec)finite));
+#endif
+}
+
+NYSTROMGAN_INLINE HalfBitsVec narrow(BFloat16, Vec x) {
+  const BitsVec bits = (BitsVec)x;
+  const BitsVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const BitsVec kept = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded;  // a NaN stays one, quiet
+  return __builtin_convertvector(kept >> 16, HalfBitsVec);
+}
+
+NYSTROMGAN_INLINE HalfBitsVec narrow(Half, Vec x) {
+#if defined(__AVX512F__)
+  return (HalfBitsVec)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  return (HalfBitsVec)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const BitsVec bits = (BitsVec)x;
+  const BitsVec magnitude = bits & 0x7fffffff;
+  const BitsVec normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const BitsVec subnormal = (BitsVec)((Vec)magnitude + 0.5f) - 0x3f000000;  // the adder rounds to 2^-24
+  BitsVec half = magnitude < 0x38800000 ? subnormal : normal;
+  half = magnitude >= 0x47800000 ? BitsVec{} + 0x7c00 : half;
+  half = magnitude > 0x7f800000 ? BitsVec{} + 0x7e00 : half;
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), HalfBitsVec);
+#endif
+}
+
+template <class T>
+NYSTROMGAN_INLINE Vec load(const T* p) {
+  HalfBitsVec bits;
+  memcpy(&bits, p, sizeof bits);
+  return widen(T{}, bits);
+}
+
+template <class T>
+NYSTROMGAN_INLINE void store(T* p, Vec x) {
+  const HalfBitsVec bits = narrow(T{}, x);
+  memcpy(p, &bits, sizeof bits);
+}
+
+// The first n < kLanes elements; zeros after them.
+template <class T>
+NYSTROMGAN_INLINE Vec load_first(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+NYSTROMGAN_INLINE void store_first(T* p, Vec x, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, x);
+  memcpy(p, buffer, n * sizeof(T));
+}
+
+NYSTROMGAN_INLINE float to_float(float x) { return x; }
+template <class T>
+NYSTROMGAN_INLINE float to_float(T x) {
+  return load_first(&x, 1)[0];
+}
+
+template <class T>
+NYSTROMGAN_INLINE T from_float(float x) {
+  T y;
+  store_first(&y, splat(x), 1);
+  return y;
+}
+template <>
+NYSTROMGAN_INLINE float from_float<float>(float x) {
+  return x;
+}
+
+template <class T>
+inline void to_float(const T* src, float* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  if (i < n) store_first(dst + i, load_first(src + i, n - i), n - i);
+}
+
+template <class T>
+inline void from_float(const float* src, T* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
+  if (i < n) store_first(dst + i, load_first(src + i, n - i), n - i);
+}
+
+// A kLanes x kLanes block of a matrix with contiguous columns, transposed; zeros outside rows x cols.
+template <class T>
+NYSTROMGAN_INLINE void load_transposed(const T* src, int64_t rows, int64_t cols, int64_t col_stride, Vec (&x)[kLanes]) {
+  for (int c = 0; c < kLanes; ++c) {
+    if (c >= cols) x[c] = Vec{};
+    else x[c] = rows >= kLanes ? load(src + c * col_stride) : load_first(src + c * col_stride, rows);
+  }
+  transpose(x);
+}
+
+// Copies a matrix of any strides, src [rows, cols], to fp32 rows: dst [rows, ld], zeros up to round_up(cols, kLanes).
+template <class T>
+inline void gather(
+    const T* src, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, float* dst, int64_t ld) {
+  const int64_t whole = cols / kLanes * kLanes;
+  if (col_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = src + r * row_stride;
+      float* to = dst + r * ld;
+      for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(from + c));
+      if (whole < cols) store(to + whole, load_first(from + whole, cols - whole));
+    }
+  } else if (row_stride == 1) {
+    for (int64_t r = 0; r < rows; r += kLanes)
+      for (int64_t c = 0; c < cols; c += kLanes) {
+        Vec x[kLanes];
+        load_transposed(src + r + c * col_stride, rows - r, cols - c, col_stride, x);
+        for (int64_t i = 0; i < min(kLanes, rows - r); ++i) store(dst + (r + i) * ld + c, x[i]);
+      }
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < round_up(cols, kLanes); ++c)
+        dst[r * ld + c] = c < cols ? to_float(src[r * row_stride + c * col_stride]) : 0.0f;
+  }
+}
+
+// Copies fp32 rows, src [rows, ld], to a matrix of any strides, dst [rows, cols]. Reads up to round_up(cols, kLanes).
+template <class T>
+inline void scatter(
+    const float* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t row_stride, int64_t col_stride) {
+  if (col_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) from_float(src + r * ld, dst + r * row_stride, cols);
+  } else if (row_stride == 1) {
+    for (int64_t r = 0; r < rows; r += kLanes)
+      for (int64_t c = 0; c < cols; c += kLanes) {
+        Vec x[kLanes];
+        load_transposed(src + r * ld + c, kLanes, rows - r, ld, x);
+        for (int64_t i = 0; i < min(kLanes, cols - c); ++i) {
+          T* to = dst + r + (c + i) * col_stride;
+          if (rows - r >= kLanes) store(to, x[i]);
+          else store_first(to, x[i], rows - r);
+        }
+      }
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < cols; ++c) dst[r * row_stride + c * col_stride] = from_float<T>(src[r * ld + c]);
+  }
+}
+
+}  // namespace nystromgan::NYSTROMGAN_ISA

@@ -1,0 +1,82 @@
+// Products of small fp32 matrices from registers: C = A B or C += A B, with A [rows, k] of any strides, B [k, cols] in
+// rows padded to kLanes columns.
+#pragma once
+
+#include "simd.h"
+
+namespace nystromgan::NYSTROMGAN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kPanelVectors = 4;  // 6 x 4 accumulators of 32 registers
+#else
+constexpr int kPanelVectors = 2;  // 6 x 2 accumulators of 16 registers
+#endif
+
+struct StridedMatrix {
+  const float* data;
+  int64_t row_stride, k_stride;
+};
+
+template <int rows, int vectors, bool accumulate>
+NYSTROMGAN_INLINE void multiply_tile(
+    const float* __restrict a, int64_t row_stride, int64_t k_stride,  // [rows, k]
+    const float* __restrict b, int64_t ldb,                           // [k, vectors * kLanes]
+    float* __restrict c, int64_t ldc,                                 // [rows, vectors * kLanes]
+    int64_t k) {
+  Vec sum[rows][vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
+  for (int64_t i = 0; i < k; ++i) {
+    Vec bv[vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) bv[v] = load(b + i * ldb + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; ++r) {
+      const Vec ar = splat(a[r * row_stride + i * k_stride]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) sum[r][v] += ar * bv[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
+}
+
+// All rows of one panel of columns: tiles of `tile` rows, then of half as many, down to one.
+template <int tile, int vectors, bool accumulate>
+NYSTROMGAN_INLINE void multiply_panel(
+    int64_t row, int64_t rows, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  for (; row + tile <= rows; row += tile)
+    multiply_tile<tile, vectors, accumulate>(
+        a.data + row * a.row_stride, a.row_stride, a.k_stride, b, ldb, c + row * ldc, ldc, k);
+  if constexpr (tile > 1) multiply_panel<tile / 2, vectors, accumulate>(row, rows, k, a, b, ldb, c, ldc);
+}
+
+// Few vectors a row need more rows a tile to keep both multipliers busy.
+template <int vectors, bool accumulate>
+inline void multiply_panel(int64_t rows, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  constexpr int tile = vectors == kPanelVectors ? 6 : vectors == 3 ? 8 : 12;
+  multiply_panel<tile, vectors, accumulate>(0, rows, k, a, b, ldb, c, ldc);
+}
+
+template <bool accumulate>
+inline void multiply_float(
+    int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  constexpr int64_t kPanel = kPanelVectors * kLanes;
+  const int64_t padded = round_up(cols, kLanes);
+  int64_t col = 0;
+  for (; col + kPanel <= padded; col += kPanel)
+    multiply_panel<kPanelVectors, accumulate>(rows, k, a, b + col, ldb, c + col, ldc);
+  switch ((padded - col) / kLanes) {
+    case 1: return multiply_panel<1, accumulate>(rows, k, a, b + col, ldb, c + col, ldc);
+#if defined(__AVX512F__)
+    case 2: return multiply_panel<2, accumulate>(rows, k, a, b + col, ldb, c + col, ldc);
+    case 3: return multiply_panel<3, accumulate>(rows, k, a, b + col, ldb, c + col, ldc);
+#endif
+  }
+}
+
+}  // namespace nystromgan::NYSTROMGAN_ISA

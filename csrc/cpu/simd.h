@@ -1,0 +1,157 @@
+// Vectors of float as wide as the instruction set that this file is compiled for, through GCC and Clang vector types.
+// Everything lives in the namespace of that instruction set, so that no two builds of one template share a symbol.
+#pragma once
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+// GCC bug 105593: it takes the undefined operand of unmasked intrinsics for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#ifndef NYSTROMGAN_ISA
+#error "compile with -DNYSTROMGAN_ISA=<namespace>, one of portable, avx2, avx512, amx"
+#endif
+
+#define NYSTROMGAN_INLINE inline __attribute__((always_inline))
+
+namespace nystromgan::NYSTROMGAN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t BitsVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HalfBitsVec __attribute__((vector_size(kLanes * 2)));
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kLowest = -3.4028234663852886e38f;
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.693147180559945309f;
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// x - 0 folds away, which 0 + x does not: it makes 0 of -0.
+NYSTROMGAN_INLINE Vec splat(float x) { return x - Vec{}; }
+
+NYSTROMGAN_INLINE Vec load(const float* p) {
+  typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
+
+NYSTROMGAN_INLINE void store(float* p, Vec x) {
+  typedef float Unaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+  *reinterpret_cast<Unaligned*>(p) = x;
+}
+
+// The larger of the two; x where either is NaN, so a NaN of x is kept.
+NYSTROMGAN_INLINE Vec max(Vec floor, Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(floor, x);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(floor, x);
+#else
+  return floor > x ? floor : x;
+#endif
+}
+
+NYSTROMGAN_INLINE float reduce_add(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(x);
+#else
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += x[i];
+  return sum;
+#endif
+}
+
+// NaN where any lane is NaN.
+NYSTROMGAN_INLINE float reduce_max(Vec x) {
+  float best = x[0];
+  for (int i = 1; i < kLanes; ++i) best = x[i] < best || best != best ? best : x[i];
+  return best;
+}
+
+// 2^x to 2e-7 relative; 0 below 2^-126; NaN stays NaN. x at most 127.
+NYSTROMGAN_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec kept = x;
+  x = x < -127.0f ? splat(-127.0f) : x;
+  const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+  const Vec n = shifted - 12582912.0f;
+#endif
+  const Vec f = x - n;
+  Vec p = splat(0.00132764725f);
+  p = p * f + 0.00967554189f;
+  p = p * f + 0.0555071309f;
+  p = p * f + 0.240221202f;
+  p = p * f + 0.693146944f;
+  p = p * f + 1.00000012f;
+#if defined(__AVX512F__)
+  // Below -126 the lane is zeroed, -inf included, where x - n is NaN; the comparison is false for NaN, which stays.
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);
+#else
+  const IntVec bits = ((IntVec)shifted + 127) << 23;
+  return kept < -126.0f ? Vec{} : p * (Vec)bits;
+#endif
+}
+
+// The elements of a and b in turn: a0 b0 a1 b1 ..., first and second half.
+NYSTROMGAN_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high) {
+#if defined(__AVX512F__)
+  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Transposes kLanes vectors in registers: log2(kLanes) perfect shuffles of all kLanes^2 elements.
+NYSTROMGAN_INLINE void transpose(Vec (&x)[kLanes]) {
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kLanes; stage *= 2) {
+    Vec y[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) interleave(x[i], x[i + kLanes / 2], y[2 * i], y[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  }
+}
+
+// Heap memory for floats, aligned to a cache line and not initialised.
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<float*>(aligned_alloc(64, round_up(count * 4 + 64, 64)))) {
+    if (data_ == nullptr) abort();
+  }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  operator float*() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+}  // namespace nystromgan::NYSTROMGAN_ISA
