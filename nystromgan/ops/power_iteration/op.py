@@ -1,0 +1,203 @@
+"""`power_iteration`: the public function, its torch.library ops and their derivatives."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nystromgan import _backend, _check, _library
+from nystromgan.ops.power_iteration import reference
+
+OP = "power_iteration"
+Matrices = Tensor | Sequence[Tensor]
+
+
+def power_iteration(
+    weights: Matrices, u: Matrices, v: Matrices, *, iterations: int = 1, eps: float = 1e-12, backend: str = "auto"
+) -> Tensor:
+    """The largest singular value of every matrix, estimated by power iteration, all in one call.
+
+        u <- W v / max(|W v|, eps),  v <- W^T u / max(|W^T u|, eps)      `iterations` times, in place
+        sigma = u^T W v
+
+    Args:
+        weights: one matrix (O, I) or a sequence of matrices (O_i, I_i), any floating-point dtypes, any strides.
+        u: the left vectors (O_i,), one for every weight, given as weights are; updated in place, in their own dtype.
+        v: the right vectors (I_i,), likewise.
+        iterations: number of steps, >= 0; 0 leaves u and v as they are.
+        eps: the smallest norm that u and v are divided by, > 0.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    Returns:
+        sigma (len(weights),), float32, or float64 where any argument is float64; (1,) for one matrix.
+
+    Raises:
+        TypeError, ValueError: naming the argument, the rule and the value.
+        UnsupportedError: a named backend cannot run this input.
+
+    Differentiable to any order in weights, with u and v as constants: d sigma / d W = u v^T, for the u and v that this
+    call left, even if a later call changes them before the backward pass.
+    Source: Miyato et al., "Spectral normalization for generative adversarial networks", 2018, algorithm 1.
+    """
+    chosen, weights, u, v = _checked(weights, u, v, iterations, eps, backend)
+    if not weights:
+        return torch.empty(0)
+    with torch.autocast(weights[0].device.type, enabled=False):
+        if chosen == "reference":
+            return reference.power_iteration(weights, u, v, iterations, eps)
+        sigma, uv = _run(weights, u, v, iterations, eps, chosen)
+        return torch.ops.nystromgan.singular_value(weights, sigma, uv) if _tracked(weights) else sigma
+
+
+def spectral_normalize(
+    weights: Sequence[Tensor],
+    u: Sequence[Tensor],
+    v: Sequence[Tensor],
+    *,
+    iterations: int = 1,
+    eps: float = 1e-12,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """W_i / sigma_i for every matrix, with sigma = power_iteration(weights, u, v).
+
+    Takes and raises what `power_iteration` does; returns new contiguous matrices (O_i, I_i) in the weights' dtypes.
+    Differentiable to any order in weights: dW = (dW_sn - <dW_sn, W_sn> u v^T) / sigma.
+    """
+    chosen, weights, u, v = _checked(weights, u, v, iterations, eps, backend)
+    if not weights:
+        return []
+    with torch.autocast(weights[0].device.type, enabled=False):
+        if chosen == "reference":
+            sigma = reference.power_iteration(weights, u, v, iterations, eps)
+            return [(weight / sigma[i]).to(weight.dtype) for i, weight in enumerate(weights)]
+        sigma, uv = _run(weights, u, v, iterations, eps, chosen)
+        return torch.ops.nystromgan.spectral_normalize(weights, sigma, uv, chosen)
+
+
+def _checked(
+    weights: Any, u: Any, v: Any, iterations: Any, eps: Any, backend: str
+) -> tuple[str, list[Tensor], list[Tensor], list[Tensor]]:
+    """The backend and the three arguments as lists, after every check."""
+    single = isinstance(weights, Tensor)
+    lists = [_as_list(name, x, single) for name, x in (("weights", weights), ("u", u), ("v", v))]
+    for name, x in zip(("u", "v"), lists[1:], strict=True):
+        if len(x) != len(lists[0]):
+            raise ValueError(f"{name} must have one vector for each of the {len(lists[0])} weights, got {len(x)}")
+    _check.at_least("iterations", iterations, 0)
+    if _check.finite("eps", eps) <= 0:
+        raise ValueError(f"eps must be above 0, got {eps}")
+    for i, (weight, left, right) in enumerate(zip(*lists, strict=True)):
+        index = "" if single else f"[{i}]"
+        _check.tensor(f"weights{index}", weight, 2)
+        _check.same(f"weights{index}", weight, "weights[0]", lists[0][0], "device")
+        for axis in range(2):
+            _check.at_least(f"weights{index} axis {axis}", weight.shape[axis], 1)
+        _check_vector(f"u{index}", left, f"weights{index}", weight, 0)
+        _check_vector(f"v{index}", right, f"weights{index}", weight, 1)
+    chosen = _backend.choose(OP, backend, [*lists[0], *lists[1], *lists[2]])
+    return chosen, *lists
+
+
+def _as_list(name: str, value: Any, single: bool) -> list[Tensor]:
+    if single:
+        return [value]
+    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+        wanted = "a matrix or a sequence of matrices" if name == "weights" else "a sequence, as weights is,"
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+    return list(value)
+
+
+def _check_vector(name: str, value: Any, weight_name: str, weight: Tensor, axis: int) -> None:
+    """`value` is a constant vector as long as the weight's `axis`, on its device."""
+    _check.tensor(name, value, 1)
+    _check.size(name, value, 0, weight.shape[axis], f"{weight_name} axis {axis}")
+    _check.same(name, value, weight_name, weight, "device")
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require grad, since it is updated in place, got requires_grad=True")
+
+
+def _tracked(weights: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+
+
+def _run(
+    weights: list[Tensor], u: list[Tensor], v: list[Tensor], iterations: int, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The mutable op on constants: sigma (len,), and uv, a flat copy of every u and then every v as used."""
+    constants = [weight.detach() for weight in weights]
+    return torch.ops.nystromgan.power_iteration_(constants, u, v, iterations, eps, backend)
+
+
+def _split(uv: Tensor, shapes: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+    """The pairs (u_i, v_i) of uv, for weights of those shapes."""
+    vectors = uv.split([shape[axis] for axis in range(2) for shape in shapes])
+    return list(zip(vectors[: len(shapes)], vectors[len(shapes) :], strict=True))
+
+
+def _fake_power_iteration(weights, u, v, iterations, eps, backend):
+    dtype = reference.compute_dtype([*weights, *u, *v])
+    length = sum(vector.shape[0] for vector in itertools.chain(u, v))
+    return weights[0].new_empty(len(weights), dtype=dtype), weights[0].new_empty(length, dtype=dtype)
+
+
+SCHEMA = "(Tensor[] weights, Tensor(a!)[] u, Tensor(b!)[] v, int iterations, float eps{backend}) -> (Tensor, Tensor)"
+_library.define(
+    f"power_iteration_{SCHEMA.format(backend=', str backend')}",
+    lambda *arguments: _library.kernel(OP, OP, arguments[-1])(*arguments[:-1]),
+    _fake_power_iteration,
+)
+_library.define_native(f"power_iteration_native{SCHEMA.format(backend='')}")
+
+# sigma as a function of weights, at the u and v that gave it.
+_library.define(
+    "singular_value(Tensor[] weights, Tensor sigma, Tensor uv) -> Tensor",
+    lambda weights, sigma, uv: sigma.clone(),
+    lambda weights, sigma, uv: torch.empty_like(sigma),
+)
+_library.define(
+    "spectral_normalize(Tensor[] weights, Tensor sigma, Tensor uv, str backend) -> Tensor[]",
+    lambda weights, sigma, uv, backend: _library.kernel(OP, "spectral_normalize", backend)(weights, sigma),
+    lambda weights, sigma, uv, backend: [weight.new_empty(weight.shape) for weight in weights],
+)
+_library.define_native("spectral_normalize_native(Tensor[] weights, Tensor sigma) -> Tensor[]")
+
+
+def _save_singular_value(ctx, inputs, output):
+    weights, _, uv = inputs
+    ctx.shapes = [weight.shape for weight in weights]
+    ctx.dtypes = [weight.dtype for weight in weights]
+    ctx.save_for_backward(uv)
+
+
+def _differentiate_singular_value(ctx, grad_sigma):
+    (uv,) = ctx.saved_tensors
+    pairs = zip(grad_sigma.unbind(), _split(uv, ctx.shapes), ctx.dtypes, strict=True)
+    return [torch.outer(grad * u, v).to(dtype) for grad, (u, v), dtype in pairs], None, None
+
+
+def _save_spectral_normalize(ctx, inputs, output):
+    weights, sigma, uv, _ = inputs
+    ctx.save_for_backward(*weights, *output, sigma, uv)
+
+
+def _differentiate_spectral_normalize(ctx, grad_outputs):
+    *tensors, sigma, uv = ctx.saved_tensors
+    weights, outputs = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    # Through singular_value, so that a second derivative sees how sigma depends on the weights.
+    scales = torch.ops.nystromgan.singular_value(weights, sigma, uv).reciprocal().unbind()
+    pairs = _split(uv, [weight.shape for weight in weights])
+    return [_normalize_vjp(*group) for group in zip(grad_outputs, outputs, scales, pairs, strict=True)], None, None, None
+
+
+def _normalize_vjp(grad_output: Tensor, output: Tensor, scale: Tensor, uv: tuple[Tensor, Tensor]) -> Tensor:
+    """(dW_sn - <dW_sn, W_sn> u v^T) / sigma, with scale = 1 / sigma."""
+    u, v = uv
+    grad = grad_output.to(u.dtype)
+    along = torch.dot(grad.flatten(), output.to(u.dtype).flatten())
+    return torch.addr(grad * scale, u * (-along * scale), v).to(output.dtype)
+
+
+_library.register_autograd("singular_value", _save_singular_value, _differentiate_singular_value)
+_library.register_autograd("spectral_normalize", _save_spectral_normalize, _differentiate_spectral_normalize)
