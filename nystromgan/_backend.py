@@ -43,10 +43,13 @@ def _machine_reasons(backend: str) -> list[str]:
     return []
 
 
-@torch.compiler.assume_constant_result
 def machine_reasons(backend: str) -> tuple[str, ...]:
     """`_machine_reasons`, which torch.compile evaluates once instead of tracing into it."""
     return tuple(_machine_reasons(backend))
+
+
+# What torch.compiler.assume_constant_result sets; calling it here would import dynamo and triton: 1.2 s of every import.
+machine_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _input_reasons(backend: str, tensors: Sequence[Tensor]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 
 import pytest
 
@@ -49,11 +50,10 @@ def _commands(page: pathlib.Path) -> list[str]:
 def test_commands_exist(page: pathlib.Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for command in _commands(page):
-        words = command.split()
-        if words[:1] == ["make"]:
-            assert {word for word in words[1:] if "=" not in word} <= targets, command
-        if words[:1] == ["nystromgan"] and len(words) > 1:
-            assert words[1] in cli.COMMANDS, command
+        if command.startswith("make "):
+            assert {word for word in shlex.split(command)[1:] if "=" not in word} <= targets, command
+        if command.startswith("nystromgan "):
+            assert shlex.split(command)[1] in cli.COMMANDS, command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
