@@ -48,7 +48,7 @@ def machine_reasons(backend: str) -> tuple[str, ...]:
     return tuple(_machine_reasons(backend))
 
 
-# What torch.compiler.assume_constant_result sets; calling it here would import dynamo and triton: 1.2 s of every import.
+# What torch.compiler.assume_constant_result sets; calling it would import dynamo and triton: 1.2 s of every import.
 machine_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -82,8 +82,8 @@ def choose(
 ) -> str:
     """The backend that runs `op`: the named one, or for "auto" the first able one of the table.
 
-    `op_reasons(backend)` adds what only the op itself knows. Raises ValueError for an unknown name, and UnsupportedError
-    with every reason for a named backend that cannot run this input.
+    `op_reasons(backend)` adds what only the op itself knows. Raises ValueError for an unknown name, and
+    UnsupportedError with every reason for a named backend that cannot run this input.
     """
     if backend == "auto":
         for candidate in IMPLEMENTED[op]:
