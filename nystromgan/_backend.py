@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nystromgan import _env, _native
+from nystromgan import _env, _library, _native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -43,13 +43,10 @@ def _machine_reasons(backend: str) -> list[str]:
     return []
 
 
+@_library.constant_when_compiled
 def machine_reasons(backend: str) -> tuple[str, ...]:
     """`_machine_reasons`, which torch.compile evaluates once instead of tracing into it."""
     return tuple(_machine_reasons(backend))
-
-
-# What torch.compiler.assume_constant_result sets; calling it would import dynamo and triton: 1.2 s of every import.
-machine_reasons._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _input_reasons(backend: str, tensors: Sequence[Tensor]) -> list[str]:

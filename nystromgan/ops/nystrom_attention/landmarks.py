@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nystromgan import _check
+from nystromgan import _check, _library
 
 
 class Layout(NamedTuple):
@@ -52,7 +52,7 @@ def landmark_grid(num_landmarks: int | Sequence[int], grid: Sequence[int]) -> tu
     return (num_landmarks,) if len(grid) == 1 else near_cubic_counts(num_landmarks, tuple(grid))
 
 
-@torch.compiler.assume_constant_result
+@_library.constant_when_compiled
 def near_cubic_counts(num_landmarks: int, grid: tuple[int, ...]) -> tuple[int, ...]:
     """Counts per axis with product `num_landmarks`, or up to an eighth less where that keeps blocks nearer to cubes.
 
