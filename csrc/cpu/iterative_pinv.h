@@ -1,0 +1,23 @@
+// What the iterative_pinv binding hands to its kernels, free of torch and of any instruction set.
+#pragma once
+
+#include "types.h"
+
+namespace nystromgan {
+
+struct PinvForward {
+  int64_t batch, size;  // matrices, rows of each
+  int iterations;
+  bool global_init;
+  const float* matrix;  // [batch, size, size]
+  float* inverse;       // [batch, size, size]
+  ParallelRun run;
+};
+
+struct PinvBackward {
+  PinvForward forward;       // as it ran; its inverse is not read
+  const float* grad_output;  // [batch, size, size]
+  float* grad_matrix;        // [batch, size, size]
+};
+
+}  // namespace nystromgan

@@ -1,0 +1,195 @@
+// Nyström attention, forward: pool; G V over the keys; A, Z and W = Z (G V) for each (b, h); O = F W over the queries.
+#include "isa.h"
+#include "nystrom.h"
+
+namespace nystromgan::NYSTROMGAN_ISA {
+namespace {
+
+template <class T>
+struct Forward {
+  using E = Engine<T>;
+  const NystromProblem& p;
+  const Tokens& output;
+  int64_t m = p.landmarks, d = p.head_dim, e = p.value_dim;
+  int64_t ldm = round_up(m, kLanes), lde = round_up(e, kLanes);
+  int64_t splits = chunks_of(p.keys);
+  int64_t split_size = m * lde + 2 * ldm;  // G V, the rows' maxima and sums
+  Scratch partial{p.batch * p.heads * splits * split_size};
+
+  float* split(int64_t i, int64_t s) const { return partial + (i * splits + s) * split_size; }
+
+  // One split's online softmax over its keys: sums [M, lde] of 2^(x - top) v, tops [M], totals [M].
+  void attend_keys(int64_t i, int64_t s) const {
+    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.keys);
+    const int64_t block = block_tokens(m);
+    const bool* mask = p.key_padding_mask ? p.key_padding_mask + b * p.keys : nullptr;
+    float *sums = split(i, s), *tops = sums + m * lde, *totals = tops + ldm;
+    for (int64_t c = 0; c < ldm; ++c) tops[c] = -kInfinity, totals[c] = 0.0f;
+    memset(sums, 0, m * lde * sizeof(float));
+
+    typename E::Session session;
+    Scratch scaled(m * d), landmarks(E::right_split_size(d, m)), left(E::left_size(block, d) + E::left_size(m, block));
+    Scratch right(E::right_size(block, e)), logits(round_up(block, E::kRowPad) * ldm), valid(block * e);
+    Scratch product(E::kRowPad > 1 ? round_up(m, E::kRowPad) * lde : 0);
+    scale_to_base_2(p.query_means + i * m * d, m * d, p.scale, scaled);
+    const auto queries = E::right_split(static_cast<float*>(scaled), d, m, 1, d, landmarks);  // [D, M]
+    for (int64_t n = first; n < last; n += block) {
+      const int64_t count = min(block, last - n);
+      const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
+      // [keys, D] x [D, M]
+      E::template multiply<false>(
+          count, m, d, E::left(key, count, d, p.key.token, p.key.channel, left), queries, logits, ldm);
+      const bool masked = mask != nullptr && mask_rows(logits, mask + n, count);
+      add_block(logits, count, sums, tops, totals);
+      const auto weights = E::left(static_cast<const float*>(logits), m, count, 1, ldm, left);  // [M, keys]
+      // [M, keys] x [keys, E]
+      if (masked) {
+        const auto values = E::right(valid_values(value, mask + n, count, valid), count, e, e, 1, right);
+        E::template multiply<true>(m, e, count, weights, values, sums, lde);
+      } else {
+        const auto values = E::right(value, count, e, p.value.token, p.value.channel, right);
+        E::template multiply<true>(m, e, count, weights, values, sums, lde);
+      }
+    }
+  }
+
+  // Rows of masked keys become -inf; whether there are any.
+  bool mask_rows(float* logits, const bool* mask, int64_t count) const {
+    bool any = false;
+    for (int64_t n = 0; n < count; ++n) {
+      if (!mask[n]) continue;
+      any = true;
+      for (int64_t c = 0; c < ldm; ++c) logits[n * ldm + c] = -kInfinity;
+    }
+    return any;
+  }
+
+  // The block's values in fp32 [count, E], zero where masked, since 0 x NaN would be NaN.
+  const float* valid_values(const T* value, const bool* mask, int64_t count, float* dst) const {
+    for (int64_t n = 0; n < count; ++n)
+      for (int64_t c = 0; c < e; ++c)
+        dst[n * e + c] = mask[n] ? 0.0f : to_float(value[n * p.value.token + c * p.value.channel]);
+    return dst;
+  }
+
+  // Logits [keys, M] become weights against the running maxima of their columns; the sums so far are rescaled.
+  void add_block(float* logits, int64_t count, float* sums, float* tops, float* totals) const {
+    for (int64_t c = 0; c < ldm; c += kLanes) {
+      const Vec before = load(tops + c);
+      Vec top = before;
+      for (int64_t n = 0; n < count; ++n) top = max(top, load(logits + n * ldm + c));
+      const Vec shift = top == -kInfinity ? Vec{} : top;
+      Vec sum{};
+      for (int64_t n = 0; n < count; ++n) {
+        const Vec weight = exp2(load(logits + n * ldm + c) - shift);
+        store(logits + n * ldm + c, weight);
+        sum += weight;
+      }
+      const Vec factor = exp2(before - shift);
+      store(tops + c, top);
+      store(totals + c, load(totals + c) * factor + sum);
+      for (int64_t j = 0; j < min(kLanes, m - c); ++j) {
+        if (factor[j] == 1.0f) continue;
+        float* to = sums + (c + j) * lde;
+        for (int64_t k = 0; k < lde; k += kLanes) store(to + k, factor[j] * load(to + k));
+      }
+    }
+  }
+
+  // context [M, E] = G V and logsumexp [M] from the splits, in their order.
+  void combine(int64_t i) const {
+    float *context = p.context + i * m * e, *logsumexp = p.logsumexp + i * m;
+    const bool* absent = p.query_landmark_mask ? p.query_landmark_mask + i / p.heads * m : nullptr;
+    for (int64_t r = 0; r < m; ++r) {
+      float top = -kInfinity, total = 0.0f;
+      for (int64_t s = 0; s < splits; ++s) {
+        const float own = split(i, s)[m * lde + r];
+        if (larger(own, top)) top = own;
+      }
+      const float shift = top == -kInfinity ? 0.0f : top;
+      memset(context + r * e, 0, e * sizeof(float));
+      for (int64_t s = 0; s < splits; ++s) {
+        const float* of = split(i, s);
+        const float factor = exp2(splat(of[m * lde + r] - shift))[0];
+        total += factor * of[m * lde + ldm + r];
+        add_scaled(context + r * e, of + r * lde, factor, e);
+      }
+      const bool empty = total == 0.0f || (absent != nullptr && absent[r]);
+      for (int64_t c = 0; c < e; ++c) context[r * e + c] = empty ? 0.0f : context[r * e + c] / total;
+      // +inf makes every weight of an empty row zero in the backward
+      logsumexp[r] = empty ? kInfinity : (shift + __builtin_log2f(total)) / kLog2E;
+    }
+  }
+
+  // mixed [M, E] = Z context
+  void mix(int64_t i, const CoreNorms& global, ParallelRun team) const {
+    if (is_exact(p, i)) return;  // pooled values already
+    const int64_t size = square_size(m);
+    Scratch core(size), chain(8 * size), scratch(size + 3 * m * lde + square_ld(m));
+    make_core(p, i, core);
+    const Norms norm = global.of(norms(m, core, scratch));
+    pinv_apply(
+        team, m, core, initial_scale(norm.column, norm.row), p.pinv_iterations, p.context + i * m * e, e,
+        p.mixed + i * m * e, chain, scratch);
+  }
+
+  // The chunk of queries: O = F W.
+  void attend_landmarks(int64_t i, int64_t s) const {
+    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
+    const int64_t block = block_tokens(m);
+    const bool* mask = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
+    typename E::Session session;
+    Scratch scaled(m * d), landmarks(E::right_split_size(d, m)), mixed(E::right_split_size(m, e));
+    Scratch left(E::left_size(block, d) + E::left_size(block, m)), logits(round_up(block, E::kRowPad) * ldm);
+    Scratch result(round_up(block, E::kRowPad) * lde), inverse(block);
+    scale_to_base_2(p.key_means + i * m * d, m * d, p.scale, scaled);
+    const auto keys = E::right_split(static_cast<float*>(scaled), d, m, 1, d, landmarks);                     // [D, M]
+    const auto values = E::right_split(static_cast<const float*>(p.mixed + i * m * e), m, e, e, 1, mixed);  // [M, E]
+    for (int64_t n = first; n < last; n += block) {
+      const int64_t count = min(block, last - n);
+      const auto queries = E::left(row<T>(p.query, b, h, n), count, d, p.query.token, p.query.channel, left);
+      E::template multiply<false>(count, m, d, queries, keys, logits, ldm);  // [queries, D] x [D, M]
+      softmax_rows<false>(logits, count, m, ldm, mask, inverse);
+      const auto weights = E::left(static_cast<const float*>(logits), count, m, ldm, 1, left);
+      E::template multiply<false>(count, e, m, weights, values, result, lde);  // [queries, M] x [M, E]
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t c = 0; c < lde; c += kLanes) store(result + r * lde + c, inverse[r] * load(result + r * lde + c));
+      scatter(result, lde, count, e, row<T>(output, b, h, n), output.token, output.channel);
+    }
+  }
+
+  void run() const {
+    const int64_t count = p.batch * p.heads, chunks = chunks_of(p.queries);
+    parallel(p.run, count * splits, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) attend_keys(t / splits, t % splits);
+    });
+    parallel(p.run, count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) combine(i);
+    });
+    const CoreNorms global(p);
+    for_each_matrix(p.run, count, m, [&](int64_t i, ParallelRun team) { mix(i, global, team); });
+    parallel(p.run, count * chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) attend_landmarks(t / chunks, t % chunks);
+    });
+  }
+};
+
+template <class T>
+void forward(const NystromForward& f) {
+  const NystromProblem& p = f.problem;
+  auto pool = [&](int64_t tokens, int64_t dim, const Tokens& x, LandmarkIndex index, const bool* only, float* means) {
+    pool_tokens<T>(p.run, p.batch, p.heads, tokens, p.landmarks, dim, x, index, only, means);
+  };
+  if (f.pool_query) pool(p.queries, p.head_dim, p.query, p.query_index, nullptr, p.query_means);
+  if (f.pool_key) pool(p.keys, p.head_dim, p.key, p.key_index, nullptr, p.key_means);
+  if (p.exact_rows != nullptr) pool(p.keys, p.value_dim, p.value, p.key_index, p.exact_rows, p.mixed);
+  Forward<T>{p, f.output}.run();
+}
+
+}  // namespace
+
+void nystrom_forward(const NystromForward& f) {
+  with_type(f.problem.dtype, [&](auto type) { forward<decltype(type)>(f); });
+}
+
+}  // namespace nystromgan::NYSTROMGAN_ISA

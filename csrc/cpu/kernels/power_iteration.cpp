@@ -1,0 +1,243 @@
+// Power iteration of many matrices at once. u = W v / |W v| needs a norm over all rows, but a norm is one scalar, so
+// W^T u = W^T (W v) / |W v|: each group of rows gives its part of W v and, still in cache, its part of W^T (W v). A step
+// reads W from memory once.
+#include "power_iteration.h"
+
+#include "convert.h"
+
+namespace nystromgan::NYSTROMGAN_ISA {
+namespace {
+
+constexpr int kGroup = 4;   // rows that share each load of v, and of the running sum
+constexpr int kSlab = 16;   // rows gathered to fp32 at a time: a cache line of a transposed matrix
+
+// Calls body(i) for every i < count; whichever thread is free takes the next i, so unequal tasks balance.
+template <class Body>
+void for_each(ParallelRun run, int64_t count, Body body) {
+  int64_t next = 0;
+  parallel(run, count, [&](int64_t, int64_t) {
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) body(i);
+  });
+}
+
+// product[r] = W[r, :] v for kRows rows.
+template <int kRows>
+void multiply_rows(const float* w, int64_t ld, int64_t cols, const float* v, float* product) {
+  Vec sums[kRows] = {};
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) {
+    const Vec x = load(v + c);
+    for (int r = 0; r < kRows; ++r) sums[r] += load(w + r * ld + c) * x;
+  }
+  if (c < cols) {
+    const Vec x = load_first(v + c, cols - c);
+    for (int r = 0; r < kRows; ++r) sums[r] += load_first(w + r * ld + c, cols - c) * x;
+  }
+  for (int r = 0; r < kRows; ++r) product[r] = reduce_add(sums[r]);
+}
+
+// sum += sum over kRows rows of product[r] W[r, :]; sum is padded to whole vectors.
+template <int kRows>
+void accumulate_rows(const float* w, int64_t ld, int64_t cols, const float* product, float* sum) {
+  Vec factors[kRows];
+  for (int r = 0; r < kRows; ++r) factors[r] = splat(product[r]);
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) {
+    Vec total = load(sum + c);
+    for (int r = 0; r < kRows; ++r) {
+      __builtin_prefetch(w + (kRows + r) * ld + c, 0, 2);
+      total += load(w + r * ld + c) * factors[r];
+    }
+    store(sum + c, total);
+  }
+  if (c < cols) {
+    Vec total = load(sum + c);
+    for (int r = 0; r < kRows; ++r) total += load_first(w + r * ld + c, cols - c) * factors[r];
+    store(sum + c, total);
+  }
+}
+
+// Calls body(rows_fp32, ld, first_row, count) over the rows of a block in slabs: fp32 rows where they lie, others gathered.
+template <class T, class Body>
+void for_each_slab(const Weight& weight, const RowBlock& block, Body body) {
+  const T* data = static_cast<const T*>(weight.data) + block.first_row * weight.row_stride;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (weight.col_stride == 1) return body(data, weight.row_stride, block.first_row, block.rows);
+  }
+  const int64_t ld = round_up(weight.cols, kLanes);
+  const Scratch slab(kSlab * ld);
+  for (int64_t r = 0; r < block.rows; r += kSlab) {
+    const int64_t count = min(kSlab, block.rows - r);
+    gather(data + r * weight.row_stride, count, weight.cols, weight.row_stride, weight.col_stride, slab, ld);
+    body(slab, ld, block.first_row + r, count);
+  }
+}
+
+// u[rows of the block] = W v, and the block's partial sum = W^T (W v) over its rows.
+template <class T>
+void iterate_block(const Weight& weight, const PowerState& state, const RowBlock& block) {
+  float* sum = state.partials + block.index * state.partial_stride;
+  memset(sum, 0, state.partial_stride * sizeof(float));
+  for_each_slab<T>(weight, block, [&](const float* w, int64_t ld, int64_t first, int64_t count) {
+    int64_t r = 0;
+    for (; r + kGroup <= count; r += kGroup) {
+      multiply_rows<kGroup>(w + r * ld, ld, weight.cols, state.v, state.u + first + r);
+      accumulate_rows<kGroup>(w + r * ld, ld, weight.cols, state.u + first + r, sum);
+    }
+    for (; r < count; ++r) {
+      multiply_rows<1>(w + r * ld, ld, weight.cols, state.v, state.u + first + r);
+      accumulate_rows<1>(w + r * ld, ld, weight.cols, state.u + first + r, sum);
+    }
+  });
+}
+
+// The block's partial sum[0] = u^T W v over its rows.
+template <class T>
+void evaluate_block(const Weight& weight, const PowerState& state, const RowBlock& block) {
+  float total = 0;
+  for_each_slab<T>(weight, block, [&](const float* w, int64_t ld, int64_t first, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      float product;
+      multiply_rows<1>(w + r * ld, ld, weight.cols, state.v, &product);
+      total += state.u[first + r] * product;
+    }
+  });
+  state.partials[block.index * state.partial_stride] = total;
+}
+
+// x . y in double: squares of floats never overflow or vanish.
+double dot(const float* x, const float* y, int64_t n) {
+  typedef double DoubleVec __attribute__((vector_size(kLanes * 8)));
+  DoubleVec sums = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t rest = min(kLanes, n - i);
+    const Vec a = rest == kLanes ? load(x + i) : load_first(x + i, rest);
+    const Vec b = rest == kLanes ? load(y + i) : load_first(y + i, rest);
+    sums += __builtin_convertvector(a, DoubleVec) * __builtin_convertvector(b, DoubleVec);
+  }
+  double total = 0;
+  for (int i = 0; i < kLanes; ++i) total += sums[i];
+  return total;
+}
+
+// x / max(|x|, eps); a NaN norm stays one. Returns the divisor.
+float normalize(float* x, int64_t n, float eps) {
+  const double norm = __builtin_sqrt(dot(x, x, n));
+  const float divisor = norm < eps ? eps : static_cast<float>(norm);
+  for (int64_t i = 0; i < n; ++i) x[i] /= divisor;
+  return divisor;
+}
+
+// v = the sum of the partials over `divisor`.
+void reduce_partials(const PowerState& state, int64_t cols, float divisor) {
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    Vec sum = load(state.partials + c);
+    for (int64_t b = 1; b < state.num_blocks; ++b) sum += load(state.partials + b * state.partial_stride + c);
+    sum /= divisor;
+    if (c + kLanes <= cols) store(state.v + c, sum);
+    else store_first(state.v + c, sum, cols - c);
+  }
+}
+
+// From u = W v and the partials: u, v and sigma of the step.
+void finish_step(const Weight& weight, const PowerState& state, float eps) {
+  const float divisor = normalize(state.u, weight.rows, eps);
+  reduce_partials(state, weight.cols, divisor);
+  // With s = W^T u and v = s / d, d = max(|s|, eps), sigma = u^T W v = s . v = d |v|^2.
+  const float norm = normalize(state.v, weight.cols, eps);
+  *state.sigma = norm * static_cast<float>(dot(state.v, state.v, weight.cols));
+}
+
+void sum_sigma(const PowerState& state) {
+  *state.sigma = 0;
+  for (int64_t b = 0; b < state.num_blocks; ++b) *state.sigma += state.partials[b * state.partial_stride];
+}
+
+void load_vector(const Vector& buffer, float* x, int64_t n) {
+  with_type(buffer.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t i = 0; i < n; ++i) x[i] = to_float(static_cast<const T*>(buffer.data)[i * buffer.stride]);
+  });
+}
+
+void store_vector(const float* x, const Vector& buffer, int64_t n) {
+  with_type(buffer.dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t i = 0; i < n; ++i) static_cast<T*>(buffer.data)[i * buffer.stride] = from_float<T>(x[i]);
+  });
+}
+
+void load_vectors(const Weight& weight, const PowerState& state) {
+  load_vector(state.u_buffer, state.u, weight.rows);
+  load_vector(state.v_buffer, state.v, weight.cols);
+}
+
+void store_vectors(const Weight& weight, const PowerState& state) {
+  store_vector(state.u, state.u_buffer, weight.rows);
+  store_vector(state.v, state.v_buffer, weight.cols);
+}
+
+template <class T>
+void scale_row(const T* w, T* output, int64_t cols, float factor) {
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) store(output + c, load(w + c) * factor);
+  if (c < cols) store_first(output + c, load_first(w + c, cols - c) * factor, cols - c);
+}
+
+// output[rows of the block] = W factor, output contiguous.
+template <class T>
+void scale_block(const Weight& weight, const RowBlock& block, T* output, float factor) {
+  if (weight.col_stride == 1 && weight.row_stride == weight.cols) {
+    const int64_t offset = block.first_row * weight.cols;
+    return scale_row(static_cast<const T*>(weight.data) + offset, output + offset, block.rows * weight.cols, factor);
+  }
+  for_each_slab<T>(weight, block, [&](const float* w, int64_t ld, int64_t first, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) {
+      T* to = output + (first + r) * weight.cols;
+      int64_t c = 0;
+      for (; c + kLanes <= weight.cols; c += kLanes) store(to + c, load(w + r * ld + c) * factor);
+      const int64_t rest = weight.cols - c;
+      if (rest > 0) store_first(to + c, load_first(w + r * ld + c, rest) * factor, rest);
+    }
+  });
+}
+
+}  // namespace
+
+void power_iteration(const PowerIteration& call) {
+  const auto for_each_block = [&](auto body) {
+    for_each(call.run, call.num_blocks, [&](int64_t i) {
+      const RowBlock& block = call.blocks[i];
+      const Weight& weight = call.weights[block.weight];
+      with_type(weight.dtype, [&](auto type) { body(type, weight, call.states[block.weight], block); });
+    });
+  };
+  for (int64_t i = 0; i < call.num_weights; ++i) load_vectors(call.weights[i], call.states[i]);
+  for (int64_t step = 0; step < call.iterations; ++step) {
+    for_each_block([](auto type, const Weight& weight, const PowerState& state, const RowBlock& block) {
+      iterate_block<decltype(type)>(weight, state, block);
+    });
+    for_each(call.run, call.num_weights, [&](int64_t i) { finish_step(call.weights[i], call.states[i], call.eps); });
+  }
+  if (call.iterations > 0) {
+    for (int64_t i = 0; i < call.num_weights; ++i) store_vectors(call.weights[i], call.states[i]);
+  } else {
+    for_each_block([](auto type, const Weight& weight, const PowerState& state, const RowBlock& block) {
+      evaluate_block<decltype(type)>(weight, state, block);
+    });
+    for (int64_t i = 0; i < call.num_weights; ++i) sum_sigma(call.states[i]);
+  }
+}
+
+void spectral_normalize(const SpectralNormalize& call) {
+  for_each(call.run, call.num_blocks, [&](int64_t i) {
+    const RowBlock& block = call.blocks[i];
+    const Weight& weight = call.weights[block.weight];
+    with_type(weight.dtype, [&](auto type) {
+      using T = decltype(type);
+      scale_block<T>(weight, block, static_cast<T*>(call.outputs[block.weight]), 1.0f / call.sigma[block.weight]);
+    });
+  });
+}
+
+}  // namespace nystromgan::NYSTROMGAN_ISA

@@ -1,0 +1,223 @@
+// The iterative Moore-Penrose inverse of one fp32 matrix, forward and backward, for the kernels that need one.
+//
+//   Z_0 = A^T / c,  X = A Z,  T1 = 7 I - X,  T2 = 15 I - X T1,  T3 = 13 I - X T2,  Z <- 1/4 Z T3
+//
+// A square is [m, ld] with ld = square_ld(m), zero in its last columns. Gradients are kept transposed: then every product
+// of the backward finds its right operand in rows, and none is copied.
+#pragma once
+
+#include "matmul.h"
+#include "types.h"
+
+namespace nystromgan::NYSTROMGAN_ISA {
+
+// Rows of an odd number of cache lines: 2 KiB apart, the rows of a 512-wide panel would share eight L1 sets.
+inline int64_t square_ld(int64_t m) {
+  const int64_t lines = round_up(m, 16) / 16;
+  return 16 * (lines >= 8 && lines % 2 == 0 ? lines + 1 : lines);
+}
+
+inline int64_t square_size(int64_t m) { return m * square_ld(m); }
+
+// From this size on, one matrix is shared by all threads unless there are matrices enough.
+constexpr int64_t kSharedSize = 128;
+constexpr int64_t kEnoughMatrices = 8;
+
+inline bool shares_matrix(int64_t count, int64_t m) { return m >= kSharedSize && count < kEnoughMatrices; }
+
+// Runs body(i, team) for every matrix: side by side, or one after the other, each with the whole team.
+template <class Body>
+inline void for_each_matrix(ParallelRun run, int64_t count, int64_t m, Body body) {
+  if (shares_matrix(count, m)) {
+    for (int64_t i = 0; i < count; ++i) body(i, run);
+  } else {
+    parallel(run, count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i, nullptr);
+    });
+  }
+}
+
+// C = A B or C += A B, shared by a team of threads when there is one. Blocks of 128 k keep a panel of B in L1.
+template <bool accumulate>
+inline void product(
+    ParallelRun team, int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c,
+    int64_t ldc) {
+  constexpr int64_t kBlockRows = 48, kBlockK = 128;
+  auto part = [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kBlockRows, count = min(end * kBlockRows, rows) - first;
+    for (int64_t i = 0; i < k; i += kBlockK) {
+      const StridedMatrix block{a.data + first * a.row_stride + i * a.k_stride, a.row_stride, a.k_stride};
+      const int64_t depth = min(kBlockK, k - i);
+      if (accumulate || i > 0)
+        multiply_float<true>(count, cols, depth, block, b + i * ldb, ldb, c + first * ldc, ldc);
+      else
+        multiply_float<false>(count, cols, depth, block, b + i * ldb, ldb, c + first * ldc, ldc);
+    }
+  };
+  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
+  if (team == nullptr) part(0, blocks);
+  else parallel(team, blocks, part);
+}
+
+template <bool accumulate = false>
+inline void square_product(ParallelRun team, int64_t m, const float* a, const float* b, float* c) {
+  const int64_t ld = square_ld(m);
+  product<accumulate>(team, m, m, m, {a, ld, 1}, b, ld, c, ld);
+}
+
+// dst = diagonal I - src, on squares.
+inline void subtract_from_identity(int64_t m, float diagonal, const float* src, float* dst) {
+  const int64_t ld = square_ld(m);
+  for (int64_t r = 0; r < m; ++r) {
+    for (int64_t c = 0; c < ld; c += kLanes) store(dst + r * ld + c, -load(src + r * ld + c));
+    dst[r * ld + r] += diagonal;
+  }
+}
+
+inline void scale_in_place(int64_t size, float factor, float* x) {
+  for (int64_t i = 0; i < size; i += kLanes) store(x + i, factor * load(x + i));
+}
+
+// dst [cols, ldd] = factor * src^T of src [rows, lds], zero up to ldd.
+inline void scaled_transpose(
+    int64_t rows, int64_t cols, float factor, const float* src, int64_t lds, float* dst, int64_t ldd) {
+  for (int64_t c = 0; c < cols; ++c) {
+    for (int64_t r = 0; r < rows; ++r) dst[c * ldd + r] = factor * src[r * lds + c];
+    memset(dst + c * ldd + rows, 0, (ldd - rows) * sizeof(float));
+  }
+}
+
+// |A|_1 and |A|_inf with where they are attained (the first of equals; a NaN is kept).
+struct Norms {
+  float column = 0, row = 0;
+  int64_t column_index = 0, row_index = 0;
+};
+
+inline bool larger(float x, float y) { return x > y || (x != x && y == y); }
+
+inline Norms norms(int64_t m, const float* a, float* scratch /* ld */) {
+  const int64_t ld = square_ld(m);
+  memset(scratch, 0, ld * sizeof(float));
+  Norms best;
+  for (int64_t r = 0; r < m; ++r) {
+    float sum = 0;
+    for (int64_t c = 0; c < m; ++c) {
+      const float magnitude = __builtin_fabsf(a[r * ld + c]);
+      sum += magnitude;
+      scratch[c] += magnitude;
+    }
+    if (larger(sum, best.row)) best.row = sum, best.row_index = r;
+  }
+  for (int64_t c = 0; c < m; ++c)
+    if (larger(scratch[c], best.column)) best.column = scratch[c], best.column_index = c;
+  return best;
+}
+
+// c of Z_0 = A^T / c; 1 for a zero matrix, whose inverse is zero.
+inline float initial_scale(float column, float row) { return column * row == 0.0f ? 1.0f : column * row; }
+
+// One step's factors, kept for the backward.
+struct PinvStep {
+  float *z, *x, *t2, *t3;  // squares
+};
+
+inline PinvStep pinv_step(float* chain, int64_t m, int64_t step) {
+  const int64_t size = square_size(m);
+  float* base = chain + 4 * step * size;
+  return {base, base + size, base + 2 * size, base + 3 * size};
+}
+
+// X, T2 and T3 of a step from A and Z; `scratch` is a square.
+inline void pinv_factors(ParallelRun team, int64_t m, const float* a, PinvStep step, float* scratch) {
+  square_product(team, m, a, step.z, step.x);
+  subtract_from_identity(m, 7.0f, step.x, scratch);
+  square_product(team, m, step.x, scratch, step.t2);
+  subtract_from_identity(m, 15.0f, step.t2, step.t2);
+  square_product(team, m, step.x, step.t2, step.t3);
+  subtract_from_identity(m, 13.0f, step.t3, step.t3);
+}
+
+// Z_next = 1/4 Z T3
+inline void pinv_advance(ParallelRun team, int64_t m, PinvStep step, float* next) {
+  square_product(team, m, step.z, step.t3, next);
+  scale_in_place(square_size(m), 0.25f, next);
+}
+
+// Runs `steps` steps. With keep, step i's factors stay in chain + 4 i squares, else two steps' memory is used in turn;
+// returns the last Z. `chain` holds 4 (keep ? steps + 1 : 2) squares, `scratch` one.
+inline float* pinv_chain(
+    ParallelRun team, int64_t m, const float* a, float c, int64_t steps, bool keep, float* chain, float* scratch) {
+  const int64_t ld = square_ld(m);
+  scaled_transpose(m, m, 1.0f / c, a, ld, pinv_step(chain, m, 0).z, ld);
+  for (int64_t i = 0; i < steps; ++i) {
+    const PinvStep step = pinv_step(chain, m, keep ? i : i % 2);
+    pinv_factors(team, m, a, step, scratch);
+    pinv_advance(team, m, step, pinv_step(chain, m, keep ? i + 1 : (i + 1) % 2).z);
+  }
+  return pinv_step(chain, m, keep ? steps : steps % 2).z;
+}
+
+// A step's backward behind grad_t3: grad_a and grad_z (both transposed) gain their parts. `scratch` holds three squares.
+inline void pinv_factors_backward(
+    ParallelRun team, int64_t m, const float* a, PinvStep step, const float* grad_t3, float* grad_z, float* grad_a,
+    float* scratch) {
+  const int64_t size = square_size(m), ld = square_ld(m);
+  float *grad_x = scratch, *minus_grad_t2 = scratch + size, *minus_t1 = scratch + 2 * size;
+  memcpy(minus_t1, step.x, size * sizeof(float));
+  for (int64_t r = 0; r < m; ++r) minus_t1[r * ld + r] -= 7.0f;
+  square_product(team, m, step.t2, grad_t3, grad_x);
+  square_product(team, m, grad_t3, step.x, minus_grad_t2);
+  square_product<true>(team, m, minus_t1, minus_grad_t2, grad_x);
+  square_product<true>(team, m, minus_grad_t2, step.x, grad_x);
+  scale_in_place(size, -1.0f, grad_x);
+  square_product<true>(team, m, step.z, grad_x, grad_a);
+  square_product<true>(team, m, grad_x, a, grad_z);
+}
+
+// Goes back through `steps` kept steps: grad_z (transposed) of the last Z becomes that of Z_0, and grad_a (transposed)
+// gains the gradient through the products with A. `scratch` holds five squares.
+inline void pinv_chain_backward(
+    ParallelRun team, int64_t m, const float* a, int64_t steps, float* chain, float* grad_z, float* grad_a,
+    float* scratch) {
+  const int64_t size = square_size(m);
+  float *grad_t3 = scratch, *previous = scratch + size;
+  for (int64_t i = steps - 1; i >= 0; --i) {
+    const PinvStep step = pinv_step(chain, m, i);
+    scale_in_place(size, 0.25f, grad_z);
+    square_product(team, m, grad_z, step.z, grad_t3);
+    square_product(team, m, step.t3, grad_z, previous);
+    memcpy(grad_z, previous, size * sizeof(float));
+    pinv_factors_backward(team, m, a, step, grad_t3, grad_z, grad_a, scratch + 2 * size);
+  }
+}
+
+// The gradient of A from that of Z_0 = A^T / c and from grad_a, both transposed: grad [m, ld] = grad_a^T + grad_z / c.
+// Returns d c, the gradient of c.
+inline float pinv_start_backward(
+    int64_t m, const float* a, float c, const float* grad_z, const float* grad_a, float* grad) {
+  const int64_t ld = square_ld(m);
+  scaled_transpose(m, m, 1.0f, grad_a, ld, grad, ld);
+  float dot = 0;
+  for (int64_t r = 0; r < m; ++r) {
+    Vec sum{};
+    for (int64_t i = r * ld; i < (r + 1) * ld; i += kLanes) {
+      const Vec part = load(grad_z + i) / c;
+      store(grad + i, load(grad + i) + part);
+      sum += part * load(a + i);
+    }
+    dot += reduce_add(sum);
+  }
+  return -dot / c;
+}
+
+// Adds the gradient of a norm |A|_1 (a column's sum) or |A|_inf (a row's): factor * sign(A) along the line where it is.
+inline void add_norm_gradient(
+    int64_t m, const float* a, float factor, int64_t line, bool is_column, float* grad) {
+  const int64_t ld = square_ld(m);
+  for (int64_t i = 0; i < m; ++i) {
+    const int64_t at = is_column ? i * ld + line : line * ld + i;
+    grad[at] += factor * float((a[at] > 0.0f) - (a[at] < 0.0f));
+  }
+}
+
+}  // namespace nystromgan::NYSTROMGAN_ISA
