@@ -9,6 +9,7 @@ import torch
 from nystromgan import _env
 
 CPU_LIBRARY = "libnystromgan_cpu.so"
+CPU_ISAS = ("portable", "avx2", "avx512", "amx")
 
 
 def library_path(name: str) -> pathlib.Path:
@@ -36,4 +37,7 @@ def cpu_isa() -> str | None:
         return None
     function = ctypes.CDLL(str(library_path(CPU_LIBRARY))).nystromgan_cpu_isa
     function.restype = ctypes.c_char_p
-    return function().decode()
+    name = function().decode()
+    if not name:
+        raise ValueError(f"NYSTROMGAN_CPU_ISA must be one of {CPU_ISAS}, got {_env.cpu_isa()!r}")
+    return name
