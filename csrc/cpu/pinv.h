@@ -157,6 +157,56 @@ inline float* pinv_chain(
   return pinv_step(chain, m, keep ? steps : steps % 2).z;
 }
 
+// y [rows, e] -> dst [rows, round_up(e, kLanes)], zeros in the last columns.
+inline void pad_columns(int64_t rows, int64_t e, const float* y, float* dst) {
+  const int64_t lde = round_up(e, kLanes);
+  for (int64_t r = 0; r < rows; ++r) {
+    memcpy(dst + r * lde, y + r * e, e * sizeof(float));
+    memset(dst + r * lde + e, 0, (lde - e) * sizeof(float));
+  }
+}
+
+// t = diagonal y - t over size floats.
+inline void subtract_from(int64_t size, float diagonal, const float* y, float* t) {
+  for (int64_t i = 0; i < size; i += kLanes) store(t + i, diagonal * load(y + i) - load(t + i));
+}
+
+// The last step goes from the right, on the m x e matrix: fewer products with a whole X than this many columns in m pay.
+constexpr int64_t kThinRatio = 3;
+
+inline int64_t pinv_apply_scratch(int64_t m, int64_t e) { return square_size(m) + 4 * m * round_up(e, kLanes); }
+
+// w [m, e] = Z y of y [m, e] after `steps` steps. `chain` holds eight squares, `scratch` pinv_apply_scratch floats.
+inline void pinv_apply(
+    ParallelRun team, int64_t m, const float* a, float c, int64_t steps, const float* y, int64_t e, float* w,
+    float* chain, float* scratch) {
+  const int64_t ld = square_ld(m), lde = round_up(e, kLanes), size = m * lde;
+  float *padded = scratch + square_size(m), *t = padded + size, *zt = t + size, *result = zt + size;
+  pad_columns(m, e, y, padded);
+  float* z = pinv_chain(team, m, a, c, steps > 0 ? steps - 1 : 0, false, chain, scratch);
+  if (steps == 0) {
+    product<false>(team, m, lde, m, {z, ld, 1}, padded, lde, result, lde);
+  } else {
+    const bool whole = kThinRatio * e >= m;
+    float* x = z + square_size(m);  // X's place in the chain
+    if (whole) square_product(team, m, a, z, x);
+    auto times_x = [&](const float* from) {  // t = X from
+      if (!whole) product<false>(team, m, lde, m, {z, ld, 1}, from, lde, zt, lde);
+      product<false>(team, m, lde, m, {whole ? x : a, ld, 1}, whole ? from : zt, lde, result, lde);
+      memcpy(t, result, size * sizeof(float));
+    };
+    times_x(padded);
+    for (const float diagonal : {7.0f, 15.0f}) {
+      subtract_from(size, diagonal, padded, t);
+      times_x(t);
+    }
+    subtract_from(size, 13.0f, padded, t);
+    product<false>(team, m, lde, m, {z, ld, 1}, t, lde, result, lde);
+    scale_in_place(size, 0.25f, result);
+  }
+  for (int64_t r = 0; r < m; ++r) memcpy(w + r * e, result + r * lde, e * sizeof(float));
+}
+
 // A step's backward behind grad_t3: grad_a and grad_z (both transposed) gain their parts. `scratch` holds three squares.
 inline void pinv_factors_backward(
     ParallelRun team, int64_t m, const float* a, PinvStep step, const float* grad_t3, float* grad_z, float* grad_a,

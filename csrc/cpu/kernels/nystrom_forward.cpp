@@ -125,7 +125,7 @@ struct Forward {
   void mix(int64_t i, const CoreNorms& global, ParallelRun team) const {
     if (is_exact(p, i)) return;  // pooled values already
     const int64_t size = square_size(m);
-    Scratch core(size), chain(8 * size), scratch(size + 3 * m * lde + square_ld(m));
+    Scratch core(size), chain(8 * size), scratch(pinv_apply_scratch(m, e));
     make_core(p, i, core);
     const Norms norm = global.of(norms(m, core, scratch));
     pinv_apply(

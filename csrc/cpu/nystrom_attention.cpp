@@ -1,0 +1,151 @@
+// The bindings of nystrom_attention, its backward and cluster_landmarks.
+#include "nystrom_attention.h"
+
+#include <tuple>
+
+#include "binding.h"
+
+namespace nystromgan {
+
+NYSTROMGAN_KERNEL(nystrom_forward, NystromForward)
+NYSTROMGAN_KERNEL(nystrom_backward, NystromBackward)
+NYSTROMGAN_KERNEL(cluster_landmarks, ClusterProblem)
+
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+Tokens tokens_of(const Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
+}
+
+float* floats(const Tensor& x) { return static_cast<float*>(const_cast<void*>(x.const_data_ptr())); }
+
+// Contiguous tensors behind optional arguments, which must outlive the kernel's run.
+struct Plan {
+  Plan(const OptionalTensor& query_index, const OptionalTensor& key_index, const OptionalTensor& key_padding_mask,
+       const OptionalTensor& query_landmark_mask, const OptionalTensor& key_landmark_mask,
+       const OptionalTensor& exact_rows)
+      : query_index(contiguous(query_index)),
+        key_index(contiguous(key_index)),
+        key_padding_mask(contiguous(key_padding_mask)),
+        query_landmark_mask(contiguous(query_landmark_mask)),
+        key_landmark_mask(contiguous(key_landmark_mask)),
+        exact_rows(contiguous(exact_rows)) {}
+
+  static OptionalTensor contiguous(const OptionalTensor& x) {
+    return x ? OptionalTensor(torch::stable::contiguous(*x)) : x;
+  }
+  static const bool* mask(const OptionalTensor& x) {
+    return x ? static_cast<const bool*>(x->const_data_ptr()) : nullptr;
+  }
+  static LandmarkIndex index(const OptionalTensor& x) {
+    if (!x) return {};
+    return {
+        static_cast<const int32_t*>(x->const_data_ptr()), x->size(0) == 1 ? 0 : x->stride(0),
+        x->size(1) == 1 ? 0 : x->stride(1)};
+  }
+
+  OptionalTensor query_index, key_index, key_padding_mask, query_landmark_mask, key_landmark_mask, exact_rows;
+};
+
+// What the forward saves, in the order of its results.
+struct Saved {
+  Tensor query_means, key_means, context, mixed, logsumexp;
+};
+
+NystromProblem problem(
+    const Tensor& query, const Tensor& key, const Tensor& value, const Saved& saved, const Plan& plan,
+    int64_t num_landmarks, double scale, int64_t pinv_iterations, bool global_init) {
+  NystromProblem p{};
+  p.batch = query.size(0), p.heads = query.size(1), p.queries = query.size(2), p.keys = key.size(2);
+  p.landmarks = num_landmarks, p.head_dim = query.size(3), p.value_dim = value.size(3);
+  p.scale = static_cast<float>(scale), p.pinv_iterations = pinv_iterations, p.global_init = global_init;
+  p.dtype = dtype(query, "query"), p.run = run_parallel;
+  p.query = tokens_of(query), p.key = tokens_of(key), p.value = tokens_of(value);
+  p.query_index = Plan::index(plan.query_index), p.key_index = Plan::index(plan.key_index);
+  p.key_padding_mask = Plan::mask(plan.key_padding_mask);
+  p.query_landmark_mask = Plan::mask(plan.query_landmark_mask);
+  p.key_landmark_mask = Plan::mask(plan.key_landmark_mask);
+  p.exact_rows = Plan::mask(plan.exact_rows);
+  p.query_means = floats(saved.query_means), p.key_means = floats(saved.key_means);
+  p.context = floats(saved.context), p.mixed = floats(saved.mixed), p.logsumexp = floats(saved.logsumexp);
+  return p;
+}
+
+// A float32 copy of the landmarks given, or room for the means.
+Tensor means_of(const Tensor& tokens, const OptionalTensor& landmarks, int64_t num_landmarks) {
+  Tensor means =
+      empty(tokens, {tokens.size(0), tokens.size(1), num_landmarks, tokens.size(3)}, ScalarType::Float);
+  if (landmarks) torch::stable::copy_(means, *landmarks);
+  return means;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& query_landmarks,
+    const OptionalTensor& key_landmarks, const OptionalTensor& query_index, const OptionalTensor& key_index,
+    const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
+    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, int64_t num_landmarks, double scale,
+    int64_t pinv_iterations, bool global_init) {
+  const int64_t batch = query.size(0), heads = query.size(1), value_dim = value.size(3);
+  const std::vector<int64_t> small{batch, heads, num_landmarks, value_dim};
+  const Plan plan(query_index, key_index, key_padding_mask, query_landmark_mask, key_landmark_mask, exact_rows);
+  const Saved saved{
+      means_of(query, query_landmarks, num_landmarks), means_of(key, key_landmarks, num_landmarks),
+      empty(query, small, ScalarType::Float), empty(query, small, ScalarType::Float),
+      empty(query, {batch, heads, num_landmarks}, ScalarType::Float)};
+  const Tensor output = empty(query, {batch, heads, query.size(2), value_dim}, query.scalar_type());
+  if (batch * heads > 0)
+    nystrom_forward(
+        {problem(query, key, value, saved, plan, num_landmarks, scale, pinv_iterations, global_init),
+         !query_landmarks, !key_landmarks, tokens_of(output)});
+  return {output, saved.query_means, saved.key_means, saved.context, saved.mixed, saved.logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_means,
+    const Tensor& key_means, const Tensor& context, const Tensor& mixed, const Tensor& logsumexp,
+    const OptionalTensor& query_landmarks, const OptionalTensor& key_landmarks, const OptionalTensor& query_index,
+    const OptionalTensor& key_index, const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
+    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, int64_t num_landmarks, double scale,
+    int64_t pinv_iterations, bool global_init) {
+  const Plan plan(query_index, key_index, key_padding_mask, query_landmark_mask, key_landmark_mask, exact_rows);
+  const Saved saved{query_means, key_means, context, mixed, logsumexp};
+  auto like = [](const Tensor& x) { return empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()); };
+  const Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
+  const Tensor grad_query_means = like(query_means), grad_key_means = like(key_means);
+  if (query.size(0) * query.size(1) > 0)
+    nystrom_backward(
+        {problem(query, key, value, saved, plan, num_landmarks, scale, pinv_iterations, global_init),
+         tokens_of(grad_output), tokens_of(grad_query), tokens_of(grad_key), tokens_of(grad_value),
+         floats(grad_query_means), floats(grad_key_means)});
+  const Tensor none = empty(query, {0}, ScalarType::Float);
+  const bool query_given = query_landmarks && !query_index, key_given = key_landmarks && !key_index;
+  return {grad_query, grad_key, grad_value, query_given ? grad_query_means : none, key_given ? grad_key_means : none};
+}
+
+std::tuple<Tensor, Tensor> cluster(
+    const Tensor& tokens, const Tensor& index, const OptionalTensor& landmark_mask, const OptionalTensor& frozen_rows,
+    int64_t num_landmarks, int64_t iterations) {
+  const int64_t batch = tokens.size(0), heads = tokens.size(1), count = tokens.size(2), dim = tokens.size(3);
+  const OptionalTensor start = Plan::contiguous(index), absent = Plan::contiguous(landmark_mask);
+  const OptionalTensor frozen = Plan::contiguous(frozen_rows);
+  const Tensor means = empty(tokens, {batch, heads, num_landmarks, dim}, ScalarType::Float);
+  const Tensor result = empty(tokens, {batch, heads, count}, ScalarType::Int);
+  if (batch * heads > 0)
+    cluster_landmarks(
+        {batch, heads, count, num_landmarks, dim, iterations, dtype(tokens, "tokens"), run_parallel, tokens_of(tokens),
+         Plan::index(start), Plan::mask(absent), Plan::mask(frozen), floats(means),
+         static_cast<int32_t*>(const_cast<void*>(result.const_data_ptr()))});
+  return {means, result};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nystromgan, CPU, m) {
+  m.impl("nystrom_attention_native", TORCH_BOX(&forward));
+  m.impl("nystrom_attention_backward_native", TORCH_BOX(&backward));
+  m.impl("cluster_landmarks_native", TORCH_BOX(&cluster));
+}
+
+}  // namespace nystromgan
