@@ -1,4 +1,4 @@
-"""The only reader of environment variables; each has a row in `docs/environment.md`."""
+"""The only reader of environment variables in Python; each has a row in `docs/environment.md`."""
 
 import os
 

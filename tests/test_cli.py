@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nystromgan import _backend, _doctor, cli
+from nystromgan import _backend, _doctor, _native, cli
 
 
 def _doctor_without_library(tmp_path: pathlib.Path, *options: str) -> str:
@@ -41,6 +41,27 @@ def test_doctor_without_the_native_library_says_how_to_get_it(tmp_path: pathlib.
     assert text.splitlines()[-1].startswith("Advice: ")
     report = json.loads(_doctor_without_library(tmp_path, "--json"))
     assert report["cpu"]["isa"] is None
+
+
+@pytest.mark.skipif(bool(_native.cpu_reasons()), reason="no native library")
+@pytest.mark.parametrize("isa", _native.CPU_ISAS)
+def test_doctor_names_the_highest_instruction_set_allowed(isa: str) -> None:
+    environment = {**os.environ, "NYSTROMGAN_CPU_ISA": isa}
+    command = [sys.executable, "-m", "nystromgan", "doctor", "--json"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    chosen = json.loads(done.stdout)["cpu"]["isa"]
+    assert _native.CPU_ISAS.index(chosen) <= _native.CPU_ISAS.index(isa)
+
+
+@pytest.mark.skipif(bool(_native.cpu_reasons()), reason="no native library")
+def test_doctor_refuses_an_unknown_instruction_set() -> None:
+    environment = {**os.environ, "NYSTROMGAN_CPU_ISA": "sse9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "nystromgan", "doctor"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("nystromgan doctor: NYSTROMGAN_CPU_ISA must be one of")
+    assert done.stderr.endswith("got 'sse9'\n")
 
 
 def test_unknown_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
