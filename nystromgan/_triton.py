@@ -1,0 +1,32 @@
+"""What the Triton kernels of several ops share: tile sizes, the device's class, and where a launch happens."""
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+TILE_MIN = 16  # the smallest side of a tensor-core product
+
+
+def tile(size: int, most: int | None = None) -> int:
+    """The power of two that holds `size`, at least TILE_MIN and at most `most`."""
+    padded = max(TILE_MIN, 1 << (size - 1).bit_length())
+    return padded if most is None else min(padded, most)
+
+
+def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device: makes it that of `tensor`."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@functools.lru_cache(maxsize=64)
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def architecture(tensor: Tensor) -> int:
+    """The class of the tensor's device in the tuning tables: 80, 90 or 100; the interpreter counts as 80."""
+    capability = _capability(tensor.device.index) if tensor.is_cuda else 80
+    return 100 if capability >= 100 else 90 if capability >= 90 else 80
