@@ -11,10 +11,10 @@ import pytest
 from nystromgan import _backend, _doctor, _native, cli
 
 
-def _doctor_without_library(tmp_path: pathlib.Path, *options: str) -> str:
-    environment = {**os.environ, "NYSTROMGAN_LIBRARY_DIR": str(tmp_path)}
+def _fresh_doctor(*options: str, **variables: str) -> subprocess.CompletedProcess:
+    """`nystromgan doctor` in a fresh process with these environment variables."""
     command = [sys.executable, "-m", "nystromgan", "doctor", *options]
-    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
 
 
 def test_doctor_lists_every_backend_of_every_op(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,29 +36,23 @@ def test_doctor_json_agrees_with_what_runs(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_doctor_without_the_native_library_says_how_to_get_it(tmp_path: pathlib.Path) -> None:
-    text = _doctor_without_library(tmp_path)
+    text = _fresh_doctor(NYSTROMGAN_LIBRARY_DIR=str(tmp_path)).stdout
     assert f"{tmp_path}/libnystromgan_cpu.so is missing" in text
     assert text.splitlines()[-1].startswith("Advice: ")
-    report = json.loads(_doctor_without_library(tmp_path, "--json"))
+    report = json.loads(_fresh_doctor("--json", NYSTROMGAN_LIBRARY_DIR=str(tmp_path)).stdout)
     assert report["cpu"]["isa"] is None
 
 
 @pytest.mark.skipif(bool(_native.cpu_reasons()), reason="no native library")
 @pytest.mark.parametrize("isa", _native.CPU_ISAS)
 def test_doctor_names_the_highest_instruction_set_allowed(isa: str) -> None:
-    environment = {**os.environ, "NYSTROMGAN_CPU_ISA": isa}
-    command = [sys.executable, "-m", "nystromgan", "doctor", "--json"]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    chosen = json.loads(done.stdout)["cpu"]["isa"]
+    chosen = json.loads(_fresh_doctor("--json", NYSTROMGAN_CPU_ISA=isa).stdout)["cpu"]["isa"]
     assert _native.CPU_ISAS.index(chosen) <= _native.CPU_ISAS.index(isa)
 
 
 @pytest.mark.skipif(bool(_native.cpu_reasons()), reason="no native library")
 def test_doctor_refuses_an_unknown_instruction_set() -> None:
-    environment = {**os.environ, "NYSTROMGAN_CPU_ISA": "sse9"}
-    done = subprocess.run(
-        [sys.executable, "-m", "nystromgan", "doctor"], env=environment, capture_output=True, text=True
-    )
+    done = _fresh_doctor(NYSTROMGAN_CPU_ISA="sse9")
     assert done.returncode == 1
     assert done.stderr.startswith("nystromgan doctor: NYSTROMGAN_CPU_ISA must be one of")
     assert done.stderr.endswith("got 'sse9'\n")
