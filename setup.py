@@ -35,8 +35,8 @@ ISA_FLAGS = {"portable": "", **({"avx2": AVX2, "avx512": AVX512, "amx": AMX} if 
 
 # No -ffast-math: NaN in must stay NaN out, and infinities mask keys.
 FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"
-SANITIZE_FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-OPTIMISE = SANITIZE_FLAGS if SANITIZE else "-O3"
+SANITIZED = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+OPTIMISE = SANITIZED if SANITIZE else "-O3"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10's
 
 
@@ -112,11 +112,13 @@ class BuildNative(Command):
     editable_mode = False
 
     def initialize_options(self) -> None:
-        self.inplace = False
-        self.build_lib = ""
+        self.inplace, self.build_lib = False, ""
 
     def finalize_options(self) -> None:
         self.build_lib = self.build_lib or self.get_finalized_command("build").build_lib
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")]  # what an sdist needs
 
     def run(self) -> None:
         if not builds_library():
@@ -131,11 +133,6 @@ class BuildNative(Command):
             fresh.replace(target)  # never writes into a library that a process has mapped
 
 
-class NativeDistribution(Distribution):
-    def has_ext_modules(self) -> bool:
-        return builds_library()
-
-
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
@@ -145,6 +142,6 @@ class Wheel(bdist_wheel):
 build.sub_commands.append(("build_native", None))
 setup(
     packages=[f"{name}.{sub}".rstrip(".") for name, path in PACKAGES.items() for sub in ("", *find_packages(path))],
-    distclass=NativeDistribution,
+    distclass=type("NativeDistribution", (Distribution,), {"has_ext_modules": lambda self: builds_library()}),
     cmdclass={"build_native": BuildNative, "bdist_wheel": Wheel},
 )
