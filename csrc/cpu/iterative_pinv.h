@@ -7,7 +7,7 @@ namespace nystromgan {
 
 struct PinvForward {
   int64_t batch, size;  // matrices, rows of each
-  int iterations;
+  int64_t iterations;
   bool global_init;
   const float* matrix;  // [batch, size, size]
   float* inverse;       // [batch, size, size]

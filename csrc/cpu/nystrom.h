@@ -13,8 +13,6 @@ constexpr int64_t kChunk = 1024;
 
 inline int64_t chunks_of(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
 
-constexpr float kLog2E = 1.44269504f;
-
 template <class T>
 NYSTROMGAN_INLINE T* row(const Tokens& x, int64_t b, int64_t h, int64_t n) {
   return static_cast<T*>(x.data) + b * x.batch + h * x.head + n * x.token;

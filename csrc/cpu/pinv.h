@@ -196,10 +196,10 @@ inline void pinv_apply(
       memcpy(t, result, size * sizeof(float));
     };
     times_x(padded);
-    for (const float diagonal : {7.0f, 15.0f}) {
-      subtract_from(size, diagonal, padded, t);
-      times_x(t);
-    }
+    subtract_from(size, 7.0f, padded, t);
+    times_x(t);
+    subtract_from(size, 15.0f, padded, t);
+    times_x(t);
     subtract_from(size, 13.0f, padded, t);
     product<false>(team, m, lde, m, {z, ld, 1}, t, lde, result, lde);
     scale_in_place(size, 0.25f, result);
@@ -239,6 +239,22 @@ inline void pinv_chain_backward(
     memcpy(grad_z, previous, size * sizeof(float));
     pinv_factors_backward(team, m, a, step, grad_t3, grad_z, grad_a, scratch + 2 * size);
   }
+}
+
+// The backward of pinv_apply, w = Z y: from grad_w [m, e] gives grad_y [m, e], grad_z (transposed) of Z_0, and adds to
+// grad_a (transposed). `chain` holds 4 (steps + 1) squares, `scratch` five.
+inline void pinv_apply_backward(
+    ParallelRun team, int64_t m, const float* a, float c, int64_t steps, const float* y, const float* grad_w, int64_t e,
+    float* grad_y, float* grad_z, float* grad_a, float* chain, float* scratch) {
+  const int64_t ld = square_ld(m), lde = round_up(e, kLanes);
+  Scratch padded(m * lde), transposed(e * ld), result(m * lde);
+  const float* z = pinv_chain(team, m, a, c, steps, true, chain, scratch);
+  pad_columns(m, e, grad_w, padded);
+  product<false>(team, m, lde, m, {z, 1, ld}, padded, lde, result, lde);  // Z^T dW
+  for (int64_t r = 0; r < m; ++r) memcpy(grad_y + r * e, result + r * lde, e * sizeof(float));
+  scaled_transpose(m, e, 1.0f, grad_w, e, transposed, ld);
+  product<false>(team, m, ld, e, {y, e, 1}, transposed, ld, grad_z, ld);  // (dW y^T)^T
+  pinv_chain_backward(team, m, a, steps, chain, grad_z, grad_a, scratch);
 }
 
 // The gradient of A from that of Z_0 = A^T / c and from grad_a, both transposed: grad [m, ld] = grad_a^T + grad_z / c.

@@ -53,7 +53,7 @@ struct Lloyd {
     }
   }
 
-  // The first column with the largest score + offset; a NaN counts as the largest, as it does in torch.argmax.
+  // The first column with the largest score + offset.
   int32_t largest(const float* score, const float* offset) const {
     Vec best = load(score) + load(offset);
     IntVec at{}, place{};

@@ -83,14 +83,15 @@ void backward(const PinvBackward& p) {
   if (!p.forward.global_init) return;
   float total = 0;
   for (int64_t i = 0; i < p.forward.batch; ++i) total += grad_scale[i];
-  for (const bool column : {true, false}) {
-    const int64_t i = column ? norm.column_matrix : norm.row_matrix;
+  auto add_global = [&](int64_t i, bool column, bool row) {
     Scratch a(size), grad(size);
     load_square(m, p.forward.matrix + i * m * m, a);
     load_square(m, p.grad_matrix + i * m * m, grad);
-    add_norms(i, a, total, column, !column, grad);
+    add_norms(i, a, total, column, row, grad);
     store_square(m, grad, p.grad_matrix + i * m * m);
-  }
+  };
+  add_global(norm.column_matrix, true, false);
+  add_global(norm.row_matrix, false, true);
 }
 
 }  // namespace

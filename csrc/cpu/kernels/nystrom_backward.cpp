@@ -1,0 +1,309 @@
+// Nyström attention, backward, with every factor recomputed block by block:
+//   queries  dW = F^T dO and dK~ through F, and dQ through F
+//   core     back through W = Z (G V), the iterates, and A: d(G V), dQ~, dK~
+//   keys     dK and dV through G and through what pools them, and dQ~ through G
+//   pooling  dQ += dQ~ spread over its tokens
+#include "isa.h"
+#include "nystrom.h"
+
+namespace nystromgan::NYSTROMGAN_ISA {
+namespace {
+
+template <class T>
+struct Backward {
+  using E = Engine<T>;
+  const NystromBackward& f;
+  const NystromProblem& p = f.problem;
+  int64_t m = p.landmarks, d = p.head_dim, e = p.value_dim, count = p.batch * p.heads;
+  int64_t ldm = round_up(m, kLanes), ldd = round_up(d, kLanes), lde = round_up(e, kLanes);
+  int64_t padded_m = round_up(m, E::kRowPad), block = block_tokens(m), padded_block = round_up(block, E::kRowPad);
+  int64_t query_chunks = chunks_of(p.queries), key_chunks = chunks_of(p.keys);
+  // Per chunk of queries dW [M, lde] and dK~ [M, ldd], per chunk of keys dQ~ [M, ldd].
+  int64_t query_size = padded_m * (lde + ldd), key_size = padded_m * ldd;
+  Scratch query_partial{count * query_chunks * query_size}, key_partial{count * key_chunks * key_size};
+  Scratch grad_context{count * m * e}, grad_mixed{count * m * e};  // d(G V) and dW [M, E]
+
+  const bool* key_mask(int64_t i) const { return p.key_padding_mask ? p.key_padding_mask + i / p.heads * p.keys : nullptr; }
+
+  void query_chunk(int64_t i, int64_t s) const {
+    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
+    const bool* absent = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
+    float *grad_w = query_partial + (i * query_chunks + s) * query_size, *grad_landmarks = grad_w + padded_m * lde;
+    memset(grad_w, 0, query_size * sizeof(float));
+
+    typename E::Session session;
+    Scratch scaled(m * d), keys(E::right_split_size(d, m)), values(E::right_split_size(e, m));
+    Scratch means(E::right_split_size(m, d)), left(E::left_size(block, max_dim()) + E::left_size(m, block));
+    Scratch right(E::right_size(block, max_dim())), factor(padded_block * ldm), grad(padded_block * ldm);
+    Scratch result(padded_block * ldd);
+    const float *key_means = p.key_means + i * m * d, *mixed = p.mixed + i * m * e;
+    scale_to_base_2(key_means, m * d, p.scale, scaled);
+    const auto landmarks = E::right_split(static_cast<const float*>(scaled), d, m, 1, d, keys);  // [D, M]
+    const auto transposed_w = E::right_split(mixed, e, m, 1, e, values);                         // [E, M]
+    const auto plain_means = E::right_split(key_means, m, d, d, 1, means);                       // [M, D]
+    for (int64_t n = first; n < last; n += block) {
+      const int64_t rows = min(block, last - n);
+      const T *query = row<T>(p.query, b, h, n), *grad_output = row<T>(f.grad_output, b, h, n);
+      const Tokens &q = p.query, &g = f.grad_output;
+      E::template multiply<false>(
+          rows, m, d, E::left(query, rows, d, q.token, q.channel, left), landmarks, factor, ldm);
+      softmax_rows<true>(factor, rows, m, ldm, absent, nullptr);
+      E::template multiply<false>(
+          rows, m, e, E::left(grad_output, rows, e, g.token, g.channel, left), transposed_w, grad, ldm);
+      softmax_rows_backward(factor, grad, rows);
+      // [M, queries] x [queries, E or D]
+      E::template multiply<true>(
+          m, e, rows, E::left(static_cast<const float*>(factor), m, rows, 1, ldm, left),
+          E::right(grad_output, rows, e, g.token, g.channel, right), grad_w, lde);
+      E::template multiply<true>(
+          m, d, rows, E::left(static_cast<const float*>(grad), m, rows, 1, ldm, left),
+          E::right(query, rows, d, q.token, q.channel, right), grad_landmarks, ldd);
+      // [queries, M] x [M, D]
+      E::template multiply<false>(
+          rows, d, m, E::left(static_cast<const float*>(grad), rows, m, ldm, 1, left), plain_means, result, ldd);
+      scatter(result, ldd, rows, d, row<T>(f.grad_query, b, h, n), f.grad_query.token, f.grad_query.channel);
+    }
+  }
+
+  int64_t max_dim() const { return d > e ? d : e; }
+
+  // grad [rows, M] of the softmax becomes that of its logits' source: s P (dP - sum P dP).
+  void softmax_rows_backward(const float* factor, float* grad, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* weight = factor + r * ldm;
+      float* to = grad + r * ldm;
+      Vec sum{};
+      for (int64_t c = 0; c < ldm; c += kLanes) sum += load(weight + c) * load(to + c);
+      const Vec delta = splat(reduce_add(sum));
+      for (int64_t c = 0; c < ldm; c += kLanes) store(to + c, p.scale * load(weight + c) * (load(to + c) - delta));
+    }
+  }
+
+  // dW and dK~ of all chunks, in their order.
+  void combine_queries(int64_t i) const {
+    float *grad_w = grad_mixed + i * m * e, *grad_landmarks = f.grad_key_means + i * m * d;
+    memset(grad_w, 0, m * e * sizeof(float));
+    memset(grad_landmarks, 0, m * d * sizeof(float));
+    for (int64_t s = 0; s < query_chunks; ++s) {
+      const float* from = query_partial + (i * query_chunks + s) * query_size;
+      for (int64_t r = 0; r < m; ++r) {
+        add_scaled(grad_w + r * e, from + r * lde, 1.0f, e);
+        add_scaled(grad_landmarks + r * d, from + padded_m * lde + r * ldd, 1.0f, d);
+      }
+    }
+  }
+
+  // Through W = Z (G V): d(G V), and into grad_core [M, ld] the gradient of A but for its norms' part; returns d c.
+  float core_backward(int64_t i, const CoreNorms& global, ParallelRun team, float* grad_core) const {
+    const int64_t size = square_size(m), steps = p.pinv_iterations;
+    Scratch core(size), chain(4 * (steps + 1) * size), scratch(5 * size), grad_z(size), grad_a(size);
+    make_core(p, i, core);
+    const Norms norm = global.of(norms(m, core, scratch));
+    const float c = initial_scale(norm.column, norm.row);
+    memset(grad_a, 0, size * sizeof(float));
+    pinv_apply_backward(
+        team, m, core, c, steps, p.context + i * m * e, grad_mixed + i * m * e, e, grad_context + i * m * e, grad_z,
+        grad_a, chain, scratch);
+    return pinv_start_backward(m, core, c, grad_z, grad_a, grad_core);
+  }
+
+  // Adds grad_c to A's gradient through the norms that are i's own.
+  void add_norms(int64_t i, const CoreNorms& global, float grad_c, float* grad_core) const {
+    Scratch core(square_size(m)), line(square_ld(m));
+    make_core(p, i, core);
+    const Norms own = norms(m, core, line), norm = global.of(own);
+    if (norm.column * norm.row == 0.0f) return;
+    if (!global.global || i == global.column_matrix)
+      add_norm_gradient(m, core, grad_c * norm.row, own.column_index, true, grad_core);
+    if (!global.global || i == global.row_matrix)
+      add_norm_gradient(m, core, grad_c * norm.column, own.row_index, false, grad_core);
+  }
+
+  // Through A = softmax(s Q~ K~^T): starts dQ~, adds to dK~.
+  void landmarks_backward(int64_t i, float* grad_core) const {
+    const int64_t ld = square_ld(m);
+    Scratch core(square_size(m)), padded(m * ldd), result(m * ldd);
+    make_core(p, i, core);
+    for (int64_t r = 0; r < m; ++r) {
+      float *weight = core + r * ld, *grad = grad_core + r * ld;
+      Vec sum{};
+      for (int64_t c = 0; c < ld; c += kLanes) sum += load(weight + c) * load(grad + c);
+      const Vec delta = splat(reduce_add(sum));
+      for (int64_t c = 0; c < ld; c += kLanes) store(grad + c, p.scale * load(weight + c) * (load(grad + c) - delta));
+    }
+    pad_columns(m, d, p.key_means + i * m * d, padded);
+    product<false>(nullptr, m, ldd, m, {grad_core, ld, 1}, padded, ldd, result, ldd);
+    for (int64_t r = 0; r < m; ++r) memcpy(f.grad_query_means + (i * m + r) * d, result + r * ldd, d * sizeof(float));
+    pad_columns(m, d, p.query_means + i * m * d, padded);
+    product<false>(nullptr, m, ldd, m, {grad_core, 1, ld}, padded, ldd, result, ldd);
+    for (int64_t r = 0; r < m; ++r) add_scaled(f.grad_key_means + (i * m + r) * d, result + r * ldd, 1.0f, d);
+  }
+
+  void core() const {
+    const CoreNorms global(p);
+    const int64_t size = square_size(m);
+    Scratch grad_cores(count * size), grad_scale(count);
+    for_each_matrix(p.run, count, m, [&](int64_t i, ParallelRun team) {
+      combine_queries(i);
+      grad_scale[i] = 0.0f;
+      if (is_exact(p, i)) {
+        memset(grad_context + i * m * e, 0, m * e * sizeof(float));
+        memset(f.grad_query_means + i * m * d, 0, m * d * sizeof(float));
+      } else {
+        grad_scale[i] = core_backward(i, global, team, grad_cores + i * size);
+      }
+    });
+    float total = 0.0f;
+    for (int64_t i = 0; i < count; ++i) total += grad_scale[i];
+    parallel(p.run, count, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (is_exact(p, i)) continue;
+        add_norms(i, global, global.global ? total : grad_scale[i], grad_cores + i * size);
+        landmarks_backward(i, grad_cores + i * size);
+      }
+    });
+  }
+
+  void key_chunk(int64_t i, int64_t s, const InverseCounts* inverse) const {
+    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.keys);
+    const bool* mask = key_mask(i);
+    float* grad_landmarks = key_partial + (i * key_chunks + s) * key_size;
+    memset(grad_landmarks, 0, key_size * sizeof(float));
+
+    typename E::Session session;
+    Scratch scaled(m * d), queries(E::right_split_size(d, m)), contexts(E::right_split_size(e, m));
+    Scratch rows_e(E::right_split_size(m, e)), rows_d(E::right_split_size(m, d)), lse(ldm), delta(ldm);
+    Scratch left(E::left_size(block, max_dim()) + E::left_size(m, block)), right(E::right_size(block, d));
+    Scratch factor(padded_block * ldm), grad(padded_block * ldm), grad_value(padded_block * lde);
+    Scratch grad_key(padded_block * ldd), valid(mask ? block * max_dim() : 0);
+    const float *query_means = p.query_means + i * m * d, *grad_rows = grad_context + i * m * e;
+    scale_to_base_2(query_means, m * d, p.scale, scaled);
+    const auto landmarks = E::right_split(static_cast<const float*>(scaled), d, m, 1, d, queries);  // [D, M]
+    const auto transposed = E::right_split(grad_rows, e, m, 1, e, contexts);                        // [E, M]
+    const auto plain_grad = E::right_split(grad_rows, m, e, e, 1, rows_e);                          // [M, E]
+    const auto plain_means = E::right_split(query_means, m, d, d, 1, rows_d);                       // [M, D]
+    for (int64_t c = 0; c < ldm; ++c) {
+      lse[c] = c < m ? p.logsumexp[i * m + c] * kLog2E : kInfinity;
+      delta[c] = 0.0f;
+      for (int64_t k = 0; c < m && k < e; ++k)
+        delta[c] += grad_rows[c * e + k] * p.context[(i * m + c) * e + k];
+    }
+    for (int64_t n = first; n < last; n += block) {
+      const int64_t rows = min(block, last - n);
+      const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
+      const Tokens &k = p.key, &v = p.value;
+      E::template multiply<false>(rows, m, d, E::left(key, rows, d, k.token, k.channel, left), landmarks, factor, ldm);
+      E::template multiply<false>(rows, m, e, E::left(value, rows, e, v.token, v.channel, left), transposed, grad, ldm);
+      const bool masked = mask != nullptr && zero_masked(factor, grad, mask + n, rows);
+      softmax_columns_backward(factor, grad, rows, lse, delta);
+      // [keys, M] x [M, E or D]
+      E::template multiply<false>(
+          rows, e, m, E::left(static_cast<const float*>(factor), rows, m, ldm, 1, left), plain_grad, grad_value, lde);
+      E::template multiply<false>(
+          rows, d, m, E::left(static_cast<const float*>(grad), rows, m, ldm, 1, left), plain_means, grad_key, ldd);
+      // [M, keys] x [keys, D]
+      const auto weights = E::left(static_cast<const float*>(grad), m, rows, 1, ldm, left);
+      if (masked) {
+        const auto keys = E::right(valid_keys(key, mask + n, rows, valid), rows, d, d, 1, right);
+        E::template multiply<true>(m, d, rows, weights, keys, grad_landmarks, ldd);
+      } else {
+        const auto keys = E::right(key, rows, d, k.token, k.channel, right);
+        E::template multiply<true>(m, d, rows, weights, keys, grad_landmarks, ldd);
+      }
+      if (inverse != nullptr) spread(i, n, rows, f.grad_key_means + i * m * d, inverse->of(b, h), grad_key, ldd, d);
+      if (is_exact(p, i)) spread(i, n, rows, grad_mixed + i * m * e, inverse->of(b, h), grad_value, lde, e);
+      scatter(grad_key, ldd, rows, d, row<T>(f.grad_key, b, h, n), f.grad_key.token, f.grad_key.channel);
+      scatter(grad_value, lde, rows, e, row<T>(f.grad_value, b, h, n), f.grad_value.token, f.grad_value.channel);
+    }
+  }
+
+  // Logits of masked keys become -inf and their gradients zero; whether there are any.
+  bool zero_masked(float* factor, float* grad, const bool* mask, int64_t rows) const {
+    bool any = false;
+    for (int64_t n = 0; n < rows; ++n) {
+      if (!mask[n]) continue;
+      any = true;
+      for (int64_t c = 0; c < ldm; ++c) factor[n * ldm + c] = -kInfinity, grad[n * ldm + c] = 0.0f;
+    }
+    return any;
+  }
+
+  const float* valid_keys(const T* key, const bool* mask, int64_t rows, float* dst) const {
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t c = 0; c < d; ++c)
+        dst[n * d + c] = mask[n] ? 0.0f : to_float(key[n * p.key.token + c * p.key.channel]);
+    return dst;
+  }
+
+  // Base-2 logits [keys, M] become G^T, and dG^T becomes s G (dG - delta).
+  void softmax_columns_backward(float* factor, float* grad, int64_t rows, const float* lse, const float* delta) const {
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t c = 0; c < ldm; c += kLanes) {
+        const int64_t at = n * ldm + c;
+        const Vec weight = exp2(load(factor + at) - load(lse + c));
+        store(factor + at, weight);
+        store(grad + at, p.scale * weight * (load(grad + at) - load(delta + c)));
+      }
+  }
+
+  // grad [rows, ld] of the keys [n, n + rows) += the gradient of their landmark's mean.
+  void spread(
+      int64_t i, int64_t n, int64_t rows, const float* grad_means, const float* inverse, float* grad, int64_t ld,
+      int64_t dim) const {
+    const int32_t* index = row(p.key_index, i / p.heads, i % p.heads) + n;
+    for (int64_t r = 0; r < rows; ++r)
+      if (index[r] >= 0) add_scaled(grad + r * ld, grad_means + index[r] * dim, inverse[index[r]], dim);
+  }
+
+  void combine_keys(int64_t i) const {
+    for (int64_t s = 0; s < key_chunks; ++s)
+      for (int64_t r = 0; r < m; ++r)
+        add_scaled(
+            f.grad_query_means + (i * m + r) * d, key_partial + (i * key_chunks + s) * key_size + r * ldd, 1.0f, d);
+  }
+
+  // dQ += dQ~ / tokens of each landmark.
+  void spread_queries(int64_t i, int64_t s, const InverseCounts& inverse) const {
+    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
+    const int32_t* index = row(p.query_index, b, h);
+    const float *grad_means = f.grad_query_means + i * m * d, *count = inverse.of(b, h);
+    for (int64_t n = first; n < last; ++n) {
+      if (index[n] < 0) continue;
+      const float *from = grad_means + index[n] * d, factor = count[index[n]];
+      T* to = row<T>(f.grad_query, b, h, n);
+      int64_t c = 0;
+      for (; c + kLanes <= d; c += kLanes) store(to + c, load(to + c) + factor * load(from + c));
+      for (; c < d; ++c) to[c] = from_float<T>(to_float(to[c]) + factor * from[c]);
+    }
+  }
+
+  template <class Body>
+  void each(int64_t chunks, Body body) const {
+    parallel(p.run, count * chunks, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) body(t / chunks, t % chunks);
+    });
+  }
+
+  void run() const {
+    each(query_chunks, [&](int64_t i, int64_t s) { query_chunk(i, s); });
+    core();
+    if (p.key_index.data != nullptr) {
+      const InverseCounts inverse(p.run, p.batch, p.heads, p.keys, m, p.key_index);
+      each(key_chunks, [&](int64_t i, int64_t s) { key_chunk(i, s, &inverse); });
+    } else {
+      each(key_chunks, [&](int64_t i, int64_t s) { key_chunk(i, s, nullptr); });
+    }
+    each(1, [&](int64_t i, int64_t) { combine_keys(i); });
+    if (p.query_index.data == nullptr) return;
+    const InverseCounts inverse(p.run, p.batch, p.heads, p.queries, m, p.query_index);
+    each(query_chunks, [&](int64_t i, int64_t s) { spread_queries(i, s, inverse); });
+  }
+};
+
+}  // namespace
+
+void nystrom_backward(const NystromBackward& f) {
+  with_type(f.problem.dtype, [&](auto type) { Backward<decltype(type)>{f}.run(); });
+}
+
+}  // namespace nystromgan::NYSTROMGAN_ISA
