@@ -80,7 +80,8 @@ def compile_object(source: pathlib.Path, target: pathlib.Path, flags: list[str])
     if target.exists() and target.stat().st_mtime > newest and note.exists() and note.read_text() == str(command):
         return
     fresh = target.with_suffix(f".{os.getpid()}")
-    subprocess.run([*command, "-o", str(fresh)], check=True)
+    if subprocess.run([*command, "-o", str(fresh)]).returncode:
+        sys.exit(f"nystromgan: {source} does not compile: the compiler's message is above")
     fresh.replace(target)
     note.write_text(str(command))
 
