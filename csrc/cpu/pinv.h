@@ -266,7 +266,7 @@ inline float pinv_start_backward(
   float dot = 0;
   for (int64_t r = 0; r < m; ++r) {
     Vec sum{};
-    for (int64_t i = r * ld; i < (r + 1) * ld; i += kLanes) {
+    for (int64_t i = r * ld; i < r * ld + round_up(m, kLanes); i += kLanes) {  // products leave the rest unwritten
       const Vec part = load(grad_z + i) / c;
       store(grad + i, load(grad + i) + part);
       sum += part * load(a + i);
