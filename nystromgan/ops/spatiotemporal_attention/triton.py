@@ -1,0 +1,345 @@
+"""Exact attention in Triton: one forward launch, two backward launches, nothing of N x S stored.
+
+Tiles are read as they lie in memory, channels by tokens, and transposed inside the products; rows of a softmax stay in
+the registers of one program. The backward gives dQ (and the row sums of dO O, which it needs) in its first launch and
+dK, dV in its second, each summed by one program in a fixed order, so results are the same from run to run.
+
+Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nystromgan import _triton
+from nystromgan.ops.spatiotemporal_attention import tuning
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _tile(p_base, o_row, o_col, stride_row, stride_col):
+    """Pointers to a (row, column) tile; 64-bit, since one head may exceed 2^31 elements."""
+    return p_base + o_row[:, None].to(tl.int64) * stride_row + o_col[None, :].to(tl.int64) * stride_col
+
+
+@triton.jit
+def _load(p_tile, m_row, m_col, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr):
+    """A tile with zeros beyond its bounds; a mask that is known to hold would only stand in the way of wide loads."""
+    if ALL_ROWS and ALL_COLS:
+        b_tile = tl.load(p_tile)
+    elif ALL_ROWS:
+        b_tile = tl.load(p_tile, mask=m_col[None, :], other=0.0)
+    elif ALL_COLS:
+        b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    else:
+        b_tile = tl.load(p_tile, mask=m_row[:, None] & m_col[None, :], other=0.0)
+    return b_tile
+
+
+@triton.jit
+def _kept(p_mask, o_s, stride_s, num_keys):
+    """Which keys exist and are not padding."""
+    m_s = o_s < num_keys
+    if p_mask is not None:
+        m_s &= tl.load(p_mask + o_s.to(tl.int64) * stride_s, mask=m_s, other=1) == 0
+    return m_s
+
+
+@triton.jit
+def _forward_kernel(
+    query, key, value, mask, gamma, residual, output, attended, logsumexp, scale, num_heads, num_tokens, num_keys,
+    query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s, value_b, value_h, value_e, value_s, mask_b, mask_s,
+    residual_b, residual_h, residual_e, residual_n,
+    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(num_tokens, BLOCK_N)
+    i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
+    i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    o_n = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_s, o_c, o_e = tl.arange(0, BLOCK_S), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
+    m_n, m_c, m_e = o_n < num_tokens, o_c < C, o_e < E
+    p_query = _tile(query + i_b * query_b + i_h * query_h, o_c, o_n, query_c, query_n)
+    p_key = _tile(key + i_b * key_b + i_h * key_h, o_c, o_s, key_c, key_s)
+    p_value = _tile(value + i_b * value_b + i_h * value_h, o_e, o_s, value_e, value_s)
+    p_mask = None if mask is None else mask + i_b * mask_b
+
+    b_query = _load(p_query, m_c, m_n, C == TILE_C, EVEN_N)  # [TILE_C, BLOCK_N]
+    b_query = tl.trans(tl.where(scale < 0, -b_query, b_query))  # exact, and the scale of the maximum is positive
+    scale_log2 = tl.abs(scale) * LOG2E
+    step = tl.full([], BLOCK_S, tl.int64)
+    b_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_N], tl.float32)
+    b_output = tl.zeros([BLOCK_N, TILE_E], tl.float32)
+    for i_s in range(0, num_keys, BLOCK_S):
+        m_bound = i_s + o_s < num_keys
+        b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
+        b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
+        b_logits = tl.dot(b_query, b_key, input_precision=PRECISION)  # [BLOCK_N, BLOCK_S]
+        if EVEN_S and mask is None:
+            b_new = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
+            b_shift = b_new
+            b_weights = tl.exp2(b_logits * scale_log2 - b_shift[:, None])
+        else:
+            m_s = _kept(p_mask, i_s + o_s, mask_s, num_keys)
+            b_logits = tl.where(m_s[None, :], b_logits * scale_log2, -float("inf"))
+            b_value = tl.where(m_s[None, :], b_value, 0.0)  # what is masked may be NaN
+            b_new = tl.maximum(b_max, tl.max(b_logits, 1))
+            b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)
+            b_weights = tl.exp2(b_logits - b_shift[:, None])
+        b_decay = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_decay + tl.sum(b_weights, 1)
+        b_output = b_output * b_decay[:, None]
+        b_output = tl.dot(b_weights.to(b_value.dtype), tl.trans(b_value), b_output, input_precision=PRECISION)
+        b_max = b_new
+        p_key += step * key_s
+        p_value += step * value_s
+
+    b_output = tl.trans(b_output / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None])  # [TILE_E, BLOCK_N]
+    # Beside the output's own layout, (E, N) or (N, E), a head is contiguous.
+    offset = i_bh * E * num_tokens
+    m_out = m_e[:, None] & m_n[None, :]
+    out_e, out_n = (1, E) if TOKEN_MAJOR else (num_tokens, 1)
+    if logsumexp is not None:
+        b_lse = tl.where(b_sum == 0.0, float("inf"), (b_max + tl.log2(b_sum)) * LN2)  # inf: weights of zero
+        tl.store(logsumexp + i_bh * num_tokens + o_n, b_lse, mask=m_n)
+    if attended is not None:
+        p_attended = _tile(attended + offset, o_e, o_n, out_e, out_n)
+        tl.store(p_attended, b_output.to(attended.dtype.element_ty), mask=m_out)
+    if gamma is not None:
+        b_output *= tl.load(gamma).to(tl.float32)
+    if residual is not None:
+        p_residual = _tile(residual + i_b * residual_b + i_h * residual_h, o_e, o_n, residual_e, residual_n)
+        b_output += tl.load(p_residual, mask=m_out, other=0.0)
+    tl.store(_tile(output + offset, o_e, o_n, out_e, out_n), b_output.to(output.dtype.element_ty), mask=m_out)
+
+
+@triton.jit
+def _grad_query_kernel(
+    grad_output, query, key, value, mask, gamma, attended, logsumexp, rowdot, grad_query, scale, num_heads, num_tokens,
+    num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
+    value_b, value_h, value_e, value_s, mask_b, mask_s, attended_b, attended_h, attended_e, attended_n,
+    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(num_tokens, BLOCK_N)
+    i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
+    i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    o_n = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_s, o_c, o_e = tl.arange(0, BLOCK_S), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
+    m_n, m_c, m_e = o_n < num_tokens, o_c < C, o_e < E
+    p_query = _tile(query + i_b * query_b + i_h * query_h, o_c, o_n, query_c, query_n)
+    p_key = _tile(key + i_b * key_b + i_h * key_h, o_c, o_s, key_c, key_s)
+    p_value = _tile(value + i_b * value_b + i_h * value_h, o_e, o_s, value_e, value_s)
+    p_grad = _tile(grad_output + i_b * grad_b + i_h * grad_h, o_e, o_n, grad_e, grad_n)
+    p_attended = _tile(attended + i_b * attended_b + i_h * attended_h, o_e, o_n, attended_e, attended_n)
+    p_mask = None if mask is None else mask + i_b * mask_b
+
+    b_grad = _load(p_grad, m_e, m_n, E == TILE_E, EVEN_N)  # [TILE_E, BLOCK_N]
+    b_attended = _load(p_attended, m_e, m_n, E == TILE_E, EVEN_N)
+    b_rowdot = tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
+    tl.store(rowdot + i_bh * num_tokens + o_n, b_rowdot, mask=m_n)
+    b_lse = tl.load(logsumexp + i_bh * num_tokens + o_n, mask=m_n, other=float("inf")) * LOG2E
+    b_grad = tl.trans(b_grad)  # [BLOCK_N, TILE_E]
+    b_query = tl.trans(_load(p_query, m_c, m_n, C == TILE_C, EVEN_N))  # [BLOCK_N, TILE_C]
+    b_grad_query = tl.zeros([BLOCK_N, TILE_C], tl.float32)
+    step = tl.full([], BLOCK_S, tl.int64)
+    for i_s in range(0, num_keys, BLOCK_S):
+        m_bound = i_s + o_s < num_keys
+        b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
+        b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
+        b_logits = tl.dot(b_query, b_key, input_precision=PRECISION)  # [BLOCK_N, BLOCK_S]
+        b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
+        b_grad_weights = tl.dot(b_grad, b_value, input_precision=PRECISION)
+        b_grad_logits = b_weights * (b_grad_weights - b_rowdot[:, None])
+        if not (EVEN_S and mask is None):
+            m_s = _kept(p_mask, i_s + o_s, mask_s, num_keys)
+            b_grad_logits = tl.where(m_s[None, :], b_grad_logits, 0.0)
+            b_key = tl.where(m_s[None, :], b_key, 0.0)  # what is masked may be NaN
+        b_grad_query = tl.dot(
+            b_grad_logits.to(b_key.dtype), tl.trans(b_key), b_grad_query, input_precision=PRECISION
+        )
+        p_key += step * key_s
+        p_value += step * value_s
+
+    if gamma is not None:
+        scale *= tl.load(gamma).to(tl.float32)
+    out_c, out_n = (1, C) if TOKEN_MAJOR else (num_tokens, 1)
+    p_grad_query = _tile(grad_query + i_bh * C * num_tokens, o_c, o_n, out_c, out_n)
+    b_grad_query = tl.trans(b_grad_query * scale).to(grad_query.dtype.element_ty)
+    tl.store(p_grad_query, b_grad_query, mask=m_c[:, None] & m_n[None, :])
+
+
+@triton.jit
+def _grad_key_value_kernel(
+    grad_output, query, key, value, mask, gamma, logsumexp, rowdot, grad_key, grad_value, scale, num_heads, num_tokens,
+    num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
+    value_b, value_h, value_e, value_s, mask_b, mask_s,
+    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    num_blocks = tl.cdiv(num_keys, BLOCK_S)
+    i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
+    i_b, i_h = i_bh // num_heads, i_bh % num_heads
+    o_s = (tl.program_id(0) % num_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
+    o_n, o_c, o_e = tl.arange(0, BLOCK_N), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
+    m_s, m_c, m_e = o_s < num_keys, o_c < C, o_e < E
+    p_query = _tile(query + i_b * query_b + i_h * query_h, o_c, o_n, query_c, query_n)
+    p_grad = _tile(grad_output + i_b * grad_b + i_h * grad_h, o_e, o_n, grad_e, grad_n)
+    p_key = _tile(key + i_b * key_b + i_h * key_h, o_c, o_s, key_c, key_s)
+    p_value = _tile(value + i_b * value_b + i_h * value_h, o_e, o_s, value_e, value_s)
+    p_logsumexp = logsumexp + i_bh * num_tokens + o_n
+    p_rowdot = rowdot + i_bh * num_tokens + o_n
+
+    # Rows of padding need no care before the end: each key's gradients come from its own row alone.
+    b_key = tl.trans(_load(p_key, m_c, m_s, C == TILE_C, EVEN_S))  # [BLOCK_S, TILE_C]
+    b_value = tl.trans(_load(p_value, m_e, m_s, E == TILE_E, EVEN_S))  # [BLOCK_S, TILE_E]
+    b_grad_key = tl.zeros([BLOCK_S, TILE_C], tl.float32)
+    b_grad_value = tl.zeros([BLOCK_S, TILE_E], tl.float32)
+    step = tl.full([], BLOCK_N, tl.int64)
+    for i_n in range(0, num_tokens, BLOCK_N):
+        m_n = i_n + o_n < num_tokens
+        b_query = _load(p_query, m_c, m_n, C == TILE_C, EVEN_N)  # [TILE_C, BLOCK_N]
+        b_grad = _load(p_grad, m_e, m_n, E == TILE_E, EVEN_N)  # [TILE_E, BLOCK_N]
+        b_lse = tl.load(p_logsumexp, mask=m_n, other=float("inf")) * LOG2E  # beyond the tokens: weights of zero
+        b_rowdot = tl.load(p_rowdot, mask=m_n, other=0.0)
+        b_logits = tl.dot(b_key, b_query, input_precision=PRECISION)  # [BLOCK_S, BLOCK_N]
+        b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[None, :])
+        b_grad_value = tl.dot(
+            b_weights.to(b_grad.dtype), tl.trans(b_grad), b_grad_value, input_precision=PRECISION
+        )
+        b_grad_weights = tl.dot(b_value, b_grad, input_precision=PRECISION)
+        b_grad_logits = b_weights * (b_grad_weights - b_rowdot[None, :])
+        b_grad_key = tl.dot(
+            b_grad_logits.to(b_query.dtype), tl.trans(b_query), b_grad_key, input_precision=PRECISION
+        )
+        p_query += step * query_n
+        p_grad += step * grad_n
+        p_logsumexp += BLOCK_N
+        p_rowdot += BLOCK_N
+
+    if gamma is not None:
+        b_gamma = tl.load(gamma).to(tl.float32)
+        b_grad_key *= b_gamma
+        b_grad_value *= b_gamma
+    if mask is not None:
+        m_keep = _kept(mask + i_b * mask_b, o_s, mask_s, num_keys)
+        b_grad_key = tl.where(m_keep[:, None], b_grad_key, 0.0)
+        b_grad_value = tl.where(m_keep[:, None], b_grad_value, 0.0)
+    key_row, key_col = (1, C) if TOKEN_MAJOR else (num_keys, 1)
+    value_row, value_col = (1, E) if TOKEN_MAJOR else (num_keys, 1)
+    p_grad_key = _tile(grad_key + i_bh * C * num_keys, o_c, o_s, key_row, key_col)
+    p_grad_value = _tile(grad_value + i_bh * E * num_keys, o_e, o_s, value_row, value_col)
+    b_grad_key = tl.trans(b_grad_key * scale).to(grad_key.dtype.element_ty)
+    b_grad_value = tl.trans(b_grad_value).to(grad_value.dtype.element_ty)
+    tl.store(p_grad_key, b_grad_key, mask=m_c[:, None] & m_s[None, :])
+    tl.store(p_grad_value, b_grad_value, mask=m_e[:, None] & m_s[None, :])
+
+
+def spatiotemporal_attention(
+    query: Tensor,  # (B, H, C, N)
+    key: Tensor,  # (B, H, C, S)
+    value: Tensor,  # (B, H, E, S)
+    key_padding_mask: Tensor | None,  # (B, S)
+    gamma: Tensor | None,  # ()
+    residual: Tensor | None,  # (B, H, E, N)
+    scale: float,
+    token_major: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output (B, H, E, N); with `save` also the result before gamma where there is one, and the log-sum-exp."""
+    batch, heads, _, tokens = query.shape
+    output = _empty_maps(query, value.shape[2], tokens, token_major)
+    attended = torch.empty_like(output) if save and gamma is not None else None
+    logsumexp = query.new_empty((batch, heads, tokens), dtype=torch.float32) if save else None
+    mask = _as_bytes(key_padding_mask)
+    strides = (*query.stride(), *key.stride(), *value.stride(), *_strides(mask, 2), *_strides(residual, 4))
+    config, constants = _configure("forward", query, key, value, token_major)
+    with _triton.launch_on(query):
+        _forward_kernel[(batch * heads * triton.cdiv(tokens, config.BLOCK_N),)](
+            query, key, value, mask, gamma, residual, output, attended, logsumexp, scale, heads, tokens,
+            key.shape[3], *strides, **constants,
+        )  # fmt: skip
+    if attended is None:
+        attended = query.new_empty(0)
+    if logsumexp is None:
+        logsumexp = query.new_empty(0, dtype=torch.float32)
+    return output, attended, logsumexp
+
+
+def spatiotemporal_attention_backward(
+    grad_output: Tensor,  # (B, H, E, N)
+    query: Tensor,  # (B, H, C, N)
+    key: Tensor,  # (B, H, C, S)
+    value: Tensor,  # (B, H, E, S)
+    key_padding_mask: Tensor | None,  # (B, S)
+    gamma: Tensor | None,  # ()
+    attended: Tensor,  # (B, H, E, N)
+    logsumexp: Tensor,  # (B, H, N)
+    scale: float,
+    token_major: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value, laid out as the output, and of gamma () where there is one."""
+    batch, heads, _, tokens = query.shape
+    keys = key.shape[3]
+    grads = [_empty_maps(x, x.shape[2], x.shape[3], token_major) for x in (query, key, value)]
+    rowdot = torch.empty_like(logsumexp)
+    mask = _as_bytes(key_padding_mask)
+    strides = (*grad_output.stride(), *query.stride(), *key.stride(), *value.stride(), *_strides(mask, 2))
+    with _triton.launch_on(query):
+        config, constants = _configure("grad_query", query, key, value, token_major)
+        _grad_query_kernel[(batch * heads * triton.cdiv(tokens, config.BLOCK_N),)](
+            grad_output, query, key, value, mask, gamma, attended, logsumexp, rowdot, grads[0], scale, heads, tokens,
+            keys, *strides, *attended.stride(), **constants,
+        )  # fmt: skip
+        config, constants = _configure("grad_key_value", query, key, value, token_major)
+        _grad_key_value_kernel[(batch * heads * triton.cdiv(keys, config.BLOCK_S),)](
+            grad_output, query, key, value, mask, gamma, logsumexp, rowdot, *grads[1:], scale, heads, tokens, keys,
+            *strides, **constants,
+        )  # fmt: skip
+    grad_gamma = rowdot.sum() if gamma is not None else rowdot.new_empty(())
+    return grads[0], grads[1], grads[2], grad_gamma
+
+
+def _empty_maps(like: Tensor, channels: int, tokens: int, token_major: bool) -> Tensor:
+    """(B, H, channels, tokens), contiguous as it reads or, token-major, as (B, H, tokens, channels)."""
+    outer = like.shape[:2]
+    if token_major:
+        return like.new_empty(*outer, tokens, channels).mT
+    return like.new_empty(*outer, channels, tokens)
+
+
+def _as_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
+    return (0,) * axes if tensor is None else tensor.stride()
+
+
+def _configure(
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, token_major: bool
+) -> tuple[tuning.Config, dict[str, Any]]:
+    """The tuned configuration of a kernel for these operands, and all of its compile-time constants."""
+    channels, value_channels = query.shape[2], value.shape[2]
+    tile_c, tile_e = _triton.tile(channels), _triton.tile(value_channels)
+    config = tuning.choose(kernel, _triton.architecture(query), tile_c, tile_e, query.element_size())
+    constants = {
+        "C": channels,
+        "E": value_channels,
+        "TILE_C": tile_c,
+        "TILE_E": tile_e,
+        "EVEN_N": query.shape[3] % config.BLOCK_N == 0,
+        "EVEN_S": key.shape[3] % config.BLOCK_S == 0,
+        "TOKEN_MAJOR": token_major,
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+    }
+    return config, constants | config._asdict()
