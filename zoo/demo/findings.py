@@ -1,0 +1,146 @@
+"""What the numbers say, in words; every sentence is made from the run's own results."""
+
+from typing import Any
+
+from nystromgan.zoo.demo import measure, scene
+
+EXACT_FORMS = ("exact", measure.TORCH)
+FORWARD, TRAINING = measure.MODES
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def duration(value_ms: float) -> str:
+    return f"{number(value_ms / 1e3)} s" if value_ms >= 1e3 else f"{number(value_ms)} ms"
+
+
+def headlines(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The page's tiles: (value, meaning)."""
+    tokens = _largest_common(results, TRAINING)
+    exact, clustered = _best_exact(results, TRAINING, tokens), _find(results, TRAINING, scene.CLUSTERED.name, tokens)
+    largest = max(row["tokens"] for row in results["measurements"] if row["form"] == scene.CLUSTERED.name)
+    far = _find(results, TRAINING, scene.CLUSTERED.name, largest)
+    return [
+        (f"{number(exact['median_ms'] / clustered['median_ms'])} ×", f"less time for forward + backward at {tokens:,} "
+         f"tokens: clustered landmarks {duration(clustered['median_ms'])}, the faster exact form "
+         f"{duration(exact['median_ms'])}"),
+        (duration(far["median_ms"]), f"for forward + backward of {largest:,} tokens with clustered landmarks, in "
+         f"{number(far['peak_bytes'] / 2**20)} MiB"),
+        (f"{_error_at(results, scene.CLUSTERED.name, 1.0):.2f}", "error of 64 clustered landmarks on the cells below "
+         "(0 is exact, 1 no better than a plain mean)"),
+        (f"{_error_at(results, scene.GRID.name, 1.0):.2f}", "error of 64 grid landmarks, the usual choice: clustering "
+         "is what makes landmarks faithful here"),
+    ]  # fmt: skip
+
+
+def attention_sentence() -> str:
+    return (
+        "In the fourth frame a nucleus has drawn itself into a bright plate; in the fifth it has split in two. We ask "
+        "one voxel of the plate how much weight it gives to every voxel of all eight frames. Exact attention picks "
+        "out the plate itself and textures like it in other nuclei and other frames. Landmarks that are means of "
+        "blocks smear this over all nuclei. Two steps of clustering, which let each landmark gather voxels that are "
+        "alike, bring most of the pattern back."
+    )
+
+
+def row_caption(form: str, results: dict[str, Any]) -> str:
+    row = results["rows"][form]
+    if form == "exact":
+        return "the weights sum to 1"
+    return f"correlation with exact {row['correlation']:.2f}, sum {row['sum']:.3f}, least weight {row['least']:.1e}"
+
+
+def error_sentence(results: dict[str, Any]) -> str:
+    grid, clustered = (_error_at(results, form.name, 1.0) for form in (scene.GRID, scene.CLUSTERED))
+    return (
+        f"At the sharpness of the maps above, 64 clustered landmarks are {grid / clustered:.1f} times closer to exact "
+        f"attention than 64 block means ({clustered:.2f} against {grid:.2f}). When logits spread wider, a voxel "
+        "attends to fewer others, the attention matrix needs more landmarks, and every landmark form gets worse."
+    )
+
+
+def growth_sentence(results: dict[str, Any]) -> str:
+    tokens = _largest_common(results, FORWARD)
+    exact = _best_exact(results, FORWARD, tokens)
+    grid, clustered = (_find(results, FORWARD, form.name, tokens) for form in (scene.GRID, scene.CLUSTERED))
+    return (
+        "Twice the tokens cost exact attention four times the time, and landmarks about twice. At "
+        f"{tokens:,} tokens, the most that exact attention was run with, a forward takes "
+        f"{duration(exact['median_ms'])} in the faster exact form, "
+        f"{duration(clustered['median_ms'])} with clustered landmarks and {duration(grid['median_ms'])} with grid "
+        "landmarks. Exact attention without the N × N matrix needs no more memory than landmarks do: what it costs "
+        "is time."
+    )
+
+
+def advice(results: dict[str, Any]) -> list[str]:
+    """The cases for exact attention."""
+    return [
+        _crossover(results, FORWARD),
+        _crossover(results, TRAINING),
+        "<b>Sharp attention.</b> Where a voxel attends to a handful of others (here, from a sharpness of about "
+        f"{_too_sharp(results)} on), 64 landmarks of either kind lose much of it: use exact attention, or more "
+        "landmarks and check.",
+        "<b>When the weights themselves matter,</b> for example as an explanation: landmark weights can be below 0 "
+        "and need not sum to 1.",
+        "The block takes the same weights either way: <code>num_landmarks=None</code> is exact, so one can train with "
+        "landmarks and check a checkpoint against exact attention in one call.",
+    ]
+
+
+def _crossover(results: dict[str, Any], mode: str) -> str:
+    """Up to how many tokens the faster exact form is as fast as clustered landmarks."""
+    faster = [
+        tokens
+        for tokens in sorted({row["tokens"] for row in results["measurements"]})
+        if (exact := _best_exact(results, mode, tokens))
+        and exact["median_ms"] <= _find(results, mode, scene.CLUSTERED.name, tokens)["median_ms"]
+    ]
+    smallest = min(row["tokens"] for row in results["measurements"])
+    if not faster:
+        return (
+            f"<b>Small inputs.</b> For {mode}, clustered landmarks were faster than exact attention at every size "
+            f"measured, from {smallest:,} tokens on; below that, use exact."
+        )
+    return (
+        f"<b>Small inputs.</b> For {mode}, exact attention was as fast as clustered landmarks, or faster, up to "
+        f"{max(faster):,} tokens: there is nothing to gain there."
+    )
+
+
+def _too_sharp(results: dict[str, Any]) -> str:
+    """The least sharpness at which even 64 clustered landmarks are off by a fifth."""
+    (curve,) = [curve for curve in results["error"] if curve["form"] == scene.CLUSTERED.name]
+    sharp = [point["sharpness"] for point in curve["points"] if point["error"] >= 0.2]
+    return f"{sharp[0]:g}" if sharp else f"more than {curve['points'][-1]['sharpness']:g}"
+
+
+def _find(results: dict[str, Any], mode: str, form: str, tokens: int) -> dict[str, Any]:
+    (row,) = [r for r in results["measurements"] if (r["mode"], r["form"], r["tokens"]) == (mode, form, tokens)]
+    return row
+
+
+def _best_exact(results: dict[str, Any], mode: str, tokens: int) -> dict[str, Any]:
+    """The faster exact form's row; empty where neither was run."""
+    rows = [_find(results, mode, form, tokens) for form in EXACT_FORMS]
+    return min((row for row in rows if "not_run" not in row), key=lambda row: row["median_ms"], default={})
+
+
+def _largest_common(results: dict[str, Any], mode: str) -> int:
+    """The most tokens at which an exact form was run."""
+    return max(
+        row["tokens"]
+        for row in results["measurements"]
+        if row["mode"] == mode and row["form"] in EXACT_FORMS and "not_run" not in row
+    )
+
+
+def _error_at(results: dict[str, Any], form: str, sharpness: float) -> float:
+    (curve,) = [curve for curve in results["error"] if curve["form"] == form]
+    (point,) = [point for point in curve["points"] if point["sharpness"] == sharpness]
+    return point["error"]
