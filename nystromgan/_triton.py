@@ -4,7 +4,11 @@ import contextlib
 import functools
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from nystromgan import _env
 
 TILE_MIN = 16  # the smallest side of a tensor-core product
 
@@ -30,3 +34,20 @@ def architecture(tensor: Tensor) -> int:
     """The class of the tensor's device in the tuning tables: 80, 90 or 100; the interpreter counts as 80."""
     capability = _capability(tensor.device.index) if tensor.is_cuda else 80
     return 100 if capability >= 100 else 90 if capability >= 90 else 80
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `dot` multiplies `dtype`: three tf32 products for float32, whose digits a single one would lose."""
+    if _env.triton_interpret():
+        return "interpreted"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def dot(b_a, b_b, b_sum, PRECISION: tl.constexpr):
+    """b_sum + b_a @ b_b in float32. The interpreter, which takes bfloat16 for integers, gets wider operands."""
+    if PRECISION == "interpreted":
+        b_sum = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_sum)
+    else:
+        b_sum = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+    return b_sum

@@ -177,13 +177,13 @@ _library.define_native(f"{OP}_native({SCHEMA}) -> (Tensor, Tensor, Tensor)")
 _library.define_native(f"{OP}_backward_native({BACKWARD_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
-def _save_forward(ctx, inputs, outputs):
+def _save_forward(ctx, inputs, output):  # torch calls it by these names
     query, key, value, mask, gamma, residual, ctx.scale, ctx.token_major, _, ctx.backend = inputs
-    output, attended, logsumexp = outputs
-    attended = output if gamma is None else attended
+    result, attended, logsumexp = output
+    attended = result if gamma is None else attended
     ctx.has_residual = residual is not None
     ctx.save_for_backward(query, key, value, mask, gamma, attended, logsumexp)
-    ctx.mark_non_differentiable(*outputs[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -200,7 +200,7 @@ def _differentiate_forward(ctx, grad_output, *_):
     return *grads[:3], None, grad_gamma, grad_residual, None, None, None, None
 
 
-def _save_backward(ctx, inputs, outputs):
+def _save_backward(ctx, inputs, output):
     grad_output, query, key, value, mask, gamma, _, _, ctx.scale, _, _ = inputs
     ctx.save_for_backward(grad_output, query, key, value, mask, gamma)
     ctx.set_materialize_grads(False)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nystromgan import _triton
+from nystromgan._triton import dot
 from nystromgan.ops.spatiotemporal_attention import tuning
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -71,7 +72,7 @@ def _forward_kernel(
     p_mask = None if mask is None else mask + i_b * mask_b
 
     b_query = _load(p_query, m_c, m_n, C == TILE_C, EVEN_N)  # [TILE_C, BLOCK_N]
-    b_query = tl.trans(tl.where(scale < 0, -b_query, b_query))  # exact, and the scale of the maximum is positive
+    b_query = tl.trans((b_query * tl.where(scale < 0, -1.0, 1.0)).to(query.dtype.element_ty))  # so that scale_log2 >= 0
     scale_log2 = tl.abs(scale) * LOG2E
     step = tl.full([], BLOCK_S, tl.int64)
     b_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -81,7 +82,7 @@ def _forward_kernel(
         m_bound = i_s + o_s < num_keys
         b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
         b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
-        b_logits = tl.dot(b_query, b_key, input_precision=PRECISION)  # [BLOCK_N, BLOCK_S]
+        b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
         if EVEN_S and mask is None:
             b_new = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
             b_shift = b_new
@@ -96,18 +97,20 @@ def _forward_kernel(
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_weights, 1)
         b_output = b_output * b_decay[:, None]
-        b_output = tl.dot(b_weights.to(b_value.dtype), tl.trans(b_value), b_output, input_precision=PRECISION)
+        b_output = dot(b_weights.to(b_value.dtype), tl.trans(b_value), b_output, PRECISION)
         b_max = b_new
         p_key += step * key_s
         p_value += step * value_s
 
-    b_output = tl.trans(b_output / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None])  # [TILE_E, BLOCK_N]
+    m_empty = b_sum == 0.0  # every key is masked
+    b_sum = tl.where(m_empty, 1.0, b_sum)
+    b_output = tl.trans(b_output / b_sum[:, None])  # [TILE_E, BLOCK_N]
     # Beside the output's own layout, (E, N) or (N, E), a head is contiguous.
     offset = i_bh * E * num_tokens
     m_out = m_e[:, None] & m_n[None, :]
     out_e, out_n = (1, E) if TOKEN_MAJOR else (num_tokens, 1)
     if logsumexp is not None:
-        b_lse = tl.where(b_sum == 0.0, float("inf"), (b_max + tl.log2(b_sum)) * LN2)  # inf: weights of zero
+        b_lse = tl.where(m_empty, float("inf"), (b_max + tl.log2(b_sum)) * LN2)  # inf gives weights of 0
         tl.store(logsumexp + i_bh * num_tokens + o_n, b_lse, mask=m_n)
     if attended is not None:
         p_attended = _tile(attended + offset, o_e, o_n, out_e, out_n)
@@ -155,17 +158,18 @@ def _grad_query_kernel(
         m_bound = i_s + o_s < num_keys
         b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
         b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
-        b_logits = tl.dot(b_query, b_key, input_precision=PRECISION)  # [BLOCK_N, BLOCK_S]
-        b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
-        b_grad_weights = tl.dot(b_grad, b_value, input_precision=PRECISION)
-        b_grad_logits = b_weights * (b_grad_weights - b_rowdot[:, None])
-        if not (EVEN_S and mask is None):
+        if mask is not None:
             m_s = _kept(p_mask, i_s + o_s, mask_s, num_keys)
-            b_grad_logits = tl.where(m_s[None, :], b_grad_logits, 0.0)
             b_key = tl.where(m_s[None, :], b_key, 0.0)  # what is masked may be NaN
-        b_grad_query = tl.dot(
-            b_grad_logits.to(b_key.dtype), tl.trans(b_key), b_grad_query, input_precision=PRECISION
-        )
+        b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
+        b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
+        b_grad_weights = dot(b_grad, b_value, None, PRECISION)
+        b_grad_logits = b_weights * (b_grad_weights - b_rowdot[:, None])
+        if mask is not None:
+            b_grad_logits = tl.where(m_s[None, :], b_grad_logits, 0.0)
+        elif not EVEN_S:
+            b_grad_logits = tl.where(m_bound[None, :], b_grad_logits, 0.0)
+        b_grad_query = dot(b_grad_logits.to(b_key.dtype), tl.trans(b_key), b_grad_query, PRECISION)
         p_key += step * key_s
         p_value += step * value_s
 
@@ -199,9 +203,14 @@ def _grad_key_value_kernel(
     p_logsumexp = logsumexp + i_bh * num_tokens + o_n
     p_rowdot = rowdot + i_bh * num_tokens + o_n
 
-    # Rows of padding need no care before the end: each key's gradients come from its own row alone.
-    b_key = tl.trans(_load(p_key, m_c, m_s, C == TILE_C, EVEN_S))  # [BLOCK_S, TILE_C]
-    b_value = tl.trans(_load(p_value, m_e, m_s, E == TILE_E, EVEN_S))  # [BLOCK_S, TILE_E]
+    # Each key's gradients come from its own row alone, so that padding may stay until the end; but it may be NaN or huge.
+    b_key = _load(p_key, m_c, m_s, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
+    b_value = _load(p_value, m_e, m_s, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
+    if mask is not None:
+        m_keep = _kept(mask + i_b * mask_b, o_s, mask_s, num_keys)
+        b_key = tl.where(m_keep[None, :], b_key, 0.0)
+        b_value = tl.where(m_keep[None, :], b_value, 0.0)
+    b_key, b_value = tl.trans(b_key), tl.trans(b_value)
     b_grad_key = tl.zeros([BLOCK_S, TILE_C], tl.float32)
     b_grad_value = tl.zeros([BLOCK_S, TILE_E], tl.float32)
     step = tl.full([], BLOCK_N, tl.int64)
@@ -211,16 +220,12 @@ def _grad_key_value_kernel(
         b_grad = _load(p_grad, m_e, m_n, E == TILE_E, EVEN_N)  # [TILE_E, BLOCK_N]
         b_lse = tl.load(p_logsumexp, mask=m_n, other=float("inf")) * LOG2E  # beyond the tokens: weights of zero
         b_rowdot = tl.load(p_rowdot, mask=m_n, other=0.0)
-        b_logits = tl.dot(b_key, b_query, input_precision=PRECISION)  # [BLOCK_S, BLOCK_N]
+        b_logits = dot(b_key, b_query, None, PRECISION)  # [BLOCK_S, BLOCK_N]
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[None, :])
-        b_grad_value = tl.dot(
-            b_weights.to(b_grad.dtype), tl.trans(b_grad), b_grad_value, input_precision=PRECISION
-        )
-        b_grad_weights = tl.dot(b_value, b_grad, input_precision=PRECISION)
+        b_grad_value = dot(b_weights.to(b_grad.dtype), tl.trans(b_grad), b_grad_value, PRECISION)
+        b_grad_weights = dot(b_value, b_grad, None, PRECISION)
         b_grad_logits = b_weights * (b_grad_weights - b_rowdot[None, :])
-        b_grad_key = tl.dot(
-            b_grad_logits.to(b_query.dtype), tl.trans(b_query), b_grad_key, input_precision=PRECISION
-        )
+        b_grad_key = dot(b_grad_logits.to(b_query.dtype), tl.trans(b_query), b_grad_key, PRECISION)
         p_query += step * query_n
         p_grad += step * grad_n
         p_logsumexp += BLOCK_N
@@ -231,7 +236,6 @@ def _grad_key_value_kernel(
         b_grad_key *= b_gamma
         b_grad_value *= b_gamma
     if mask is not None:
-        m_keep = _kept(mask + i_b * mask_b, o_s, mask_s, num_keys)
         b_grad_key = tl.where(m_keep[:, None], b_grad_key, 0.0)
         b_grad_value = tl.where(m_keep[:, None], b_grad_value, 0.0)
     key_row, key_col = (1, C) if TOKEN_MAJOR else (num_keys, 1)
@@ -340,6 +344,6 @@ def _configure(
         "EVEN_N": query.shape[3] % config.BLOCK_N == 0,
         "EVEN_S": key.shape[3] % config.BLOCK_S == 0,
         "TOKEN_MAJOR": token_major,
-        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+        "PRECISION": _triton.precision(query.dtype),
     }
     return config, constants | config._asdict()

@@ -1,8 +1,6 @@
-"""Tile sizes of the Triton kernels, from one table: not yet measured on a GPU, chosen so that nothing spills."""
+"""Tile sizes of the Triton kernels, from one table: not measured on a GPU yet, chosen so that nothing spills."""
 
 from typing import NamedTuple
-
-KERNELS = ("forward", "grad_query", "grad_key_value")
 
 
 class Config(NamedTuple):
@@ -14,25 +12,59 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# The configurations that `candidates` measures: all powers of two, so that any of them is right for any input.
 CONFIGS = {
-    "small": Config(64, 32, 4, 2),
-    "small_deep": Config(64, 32, 4, 3),
-    "square": Config(64, 64, 4, 2),
-    "square_deep": Config(64, 64, 4, 3),
-    "square_wide": Config(64, 64, 8, 2),
-    "tall": Config(128, 32, 8, 2),
-    "tall_deep": Config(128, 64, 8, 3),
-    "big": Config(128, 64, 8, 2),
-    "huge": Config(128, 128, 8, 2),
-    "low": Config(32, 64, 4, 2),
-    "low_wide": Config(32, 64, 8, 2),
-    "long": Config(32, 128, 8, 2),
-    "tiny": Config(32, 32, 4, 1),
-    "tiny_wide": Config(32, 32, 8, 1),
+    "16x32": Config(16, 32, 4, 1),
+    "32x32": Config(32, 32, 4, 1),
+    "32x32w": Config(32, 32, 8, 1),
+    "32x64": Config(32, 64, 4, 2),
+    "32x64w": Config(32, 64, 8, 2),
+    "32x128w": Config(32, 128, 8, 2),
+    "64x32": Config(64, 32, 4, 2),
+    "64x32w": Config(64, 32, 8, 2),
+    "64x64": Config(64, 64, 4, 2),
+    "64x64d": Config(64, 64, 4, 3),
+    "64x64w": Config(64, 64, 8, 2),
+    "64x128": Config(64, 128, 4, 2),
+    "64x128w": Config(64, 128, 8, 2),
+    "128x32w": Config(128, 32, 8, 2),
+    "128x64": Config(128, 64, 4, 2),
+    "128x64d": Config(128, 64, 4, 3),
+    "128x64w": Config(128, 64, 8, 2),
+    "128x64wd": Config(128, 64, 8, 3),
+    "128x128w": Config(128, 128, 8, 2),
+}  # queries x keys, w: 8 warps instead of 4, d: 3 stages instead of 2
+
+# By kernel, architecture and bytes an element: the configuration for heads that are narrow (queries and keys of up to 32
+# channels, as SAGAN and SAVGAN have them) or wide, and up to 64, 128 or 256 channels in all.
+COLUMNS = (("narrow", 64), ("narrow", 128), ("narrow", 256), ("wide", 64), ("wide", 128), ("wide", 256))
+TABLE = {
+    ("forward", 80, 2): ("128x64", "64x64", "64x32w", "64x64", "64x32", "64x32w"),
+    ("forward", 90, 2): ("128x64d", "128x64wd", "128x64w", "128x64d", "128x64wd", "128x64w"),
+    ("forward", 100, 2): ("128x64d", "128x64wd", "128x64w", "128x64d", "128x64wd", "128x64w"),
+    ("forward", 80, 4): ("64x32", "64x32w", "32x32w", "64x32w", "32x32w", "32x32w"),
+    ("forward", 90, 4): ("64x32", "64x32w", "64x32w", "64x32w", "64x32w", "32x32w"),
+    ("forward", 100, 4): ("64x32", "64x32w", "64x32w", "64x32w", "64x32w", "32x32w"),
+    ("grad_query", 80, 2): ("64x64", "64x64w", "64x32w", "64x64", "64x32w", "64x32w"),
+    ("grad_query", 90, 2): ("128x64w", "128x64w", "64x64w", "128x64w", "128x64w", "64x64w"),
+    ("grad_query", 100, 2): ("128x64w", "128x64w", "64x64w", "128x64w", "128x64w", "64x64w"),
+    ("grad_query", 80, 4): ("64x32", "32x32w", "32x32w", "64x32w", "32x32w", "32x32w"),
+    ("grad_query", 90, 4): ("64x32", "64x32w", "32x32w", "64x32w", "32x32w", "32x32w"),
+    ("grad_query", 100, 4): ("64x32", "64x32w", "32x32w", "64x32w", "32x32w", "32x32w"),
+    ("grad_key_value", 80, 2): ("64x64", "32x64w", "32x64w", "64x64w", "32x64w", "32x64w"),
+    ("grad_key_value", 90, 2): ("64x128w", "64x128w", "32x64w", "64x128w", "64x128w", "32x64w"),
+    ("grad_key_value", 100, 2): ("64x128w", "64x128w", "32x64w", "64x128w", "64x128w", "32x64w"),
+    ("grad_key_value", 80, 4): ("32x32", "32x32w", "32x32w", "32x32w", "32x32w", "32x32w"),
+    ("grad_key_value", 90, 4): ("32x64", "32x64w", "32x64w", "32x64w", "32x64w", "32x32w"),
+    ("grad_key_value", 100, 4): ("32x64", "32x64w", "32x64w", "32x64w", "32x64w", "32x32w"),
 }
+
+
+def column(tile_c: int, tile_e: int) -> int:
+    """The place in the table's rows for tiles of (tile_c, tile_e) channels."""
+    width = max(64, tile_c, tile_e)
+    return COLUMNS.index(("narrow" if tile_c <= 32 else "wide", width))
 
 
 def choose(kernel: str, architecture: int, tile_c: int, tile_e: int, itemsize: int) -> Config:
     """The configuration of `kernel` for tiles of (tile_c, tile_e) channels of `itemsize` bytes."""
-    return CONFIGS["square" if tile_e <= 128 and itemsize == 2 else "tiny"]
+    return CONFIGS[TABLE[kernel, architecture, itemsize][column(tile_c, tile_e)]]
