@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy
-from matplotlib import colormaps, image
+from matplotlib import colormaps, image, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -43,9 +43,12 @@ def growth(ax: Axes, rows: list[dict[str, Any]], mode: str, field: str) -> None:
             )
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xticks([1024 * 4**i for i in range(4)], ["1k", "4k", "16k", "64k"])
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
     ax.set_xlabel("tokens (voxels of the feature map)")
     ax.set_ylabel("MiB" if field == "peak_bytes" else "ms")
+    ax.yaxis.set_major_locator(ticker.LogLocator(10, subs=(1, 3), numticks=12))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
+    ax.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def sharpness(ax: Axes, curves: list[dict[str, Any]]) -> None:
@@ -64,7 +67,7 @@ def sharpness(ax: Axes, curves: list[dict[str, Any]]) -> None:
             label=curve["form"],
         )
     ax.set_xscale("log", base=2)
-    ax.set_xticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.set_ylim(0, None)
     ax.set_xlabel("sharpness (standard deviation of the logits)")
     ax.set_ylabel("error against exact")

@@ -58,7 +58,7 @@ def _attention(outcome: Outcome) -> str:
         rows.append(_strip(TITLES[name], findings.row_caption(name, outcome.results), images, place.token))
     return (
         "<section><h2>Where one voxel attends</h2>"
-        f"<p>{findings.attention_sentence()}</p>"
+        f"<p>{findings.attention_sentence(outcome.results)}</p>"
         f"<figure class=strips><div class=scroll>{''.join(rows)}</div>"
         f"<figcaption><span class=scale></span> weight 0 to {top:.4f}; one scale for all three rows; weights below 0, "
         "which landmark attention can have, are drawn as 0.</figcaption></figure></section>"
