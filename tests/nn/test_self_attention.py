@@ -201,11 +201,12 @@ def test_gradient_penalty_is_that_of_plain_pytorch(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore:num_landmarks=. takes")
 @pytest.mark.parametrize("kind", ["exact", "clustered", "random", "pooled landmarks"])
 def test_gradcheck(kind: str) -> None:
-    block = SelfAttention3d(4, **KINDS[kind], dtype=torch.float64).eval()
+    # Three query channels: with one, clustering empties a landmark, which then is a constant to the derivative.
+    block = SelfAttention3d(4, query_channels=3, **KINDS[kind], dtype=torch.float64).eval()
     nn.init.constant_(block.gamma, 0.7)
     x = torch.randn(1, 4, 2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(block, x)
-    assert torch.autograd.gradgradcheck(block, x)
+    assert torch.autograd.gradgradcheck(block, x, fast_mode=True)
 
 
 @every_kind

@@ -115,7 +115,7 @@ def picture(outcome: experiment.Outcome) -> bytes:
         for ax_row, name in zip(axes, names, strict=True):
             for ax, frame in zip(ax_row, shown, strict=True):
                 values, top, cmap = (frames, 1.0, "gray") if name == "video" else (maps[name], vmax, HEAT)
-                ax.imshow(values[frame], vmin=0, vmax=top, cmap=cmap, aspect="auto")
+                ax.imshow(values[frame].numpy(), vmin=0, vmax=top, cmap=cmap, aspect="auto")
                 ax.set_xticks([])
                 ax.set_yticks([])
                 ax.grid(visible=False)
