@@ -12,6 +12,9 @@
 // (or, accumulating, left as it was) up to round_up(cols, kLanes), with rubbish in further rows.
 #pragma once
 
+#if defined(__AMX_BF16__)
+#include "amx.h"
+#endif
 #include "convert.h"
 #include "matmul.h"
 
@@ -86,5 +89,10 @@ struct FloatEngine {
 
 template <class T>
 struct Engine : FloatEngine<T> {};
+
+#if defined(__AMX_BF16__)
+template <>
+struct Engine<BFloat16> : AmxEngine {};
+#endif
 
 }  // namespace nystromgan::NYSTROMGAN_ISA

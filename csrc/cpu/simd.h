@@ -149,6 +149,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   operator float*() const { return data_; }
+  float* get() const { return data_; }  // where a template must deduce the type
 
  private:
   float* data_;

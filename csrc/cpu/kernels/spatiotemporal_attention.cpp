@@ -313,8 +313,8 @@ void backward_split(
       E::template multiply<false>(keys, queries, D, value_rows[j], g, scratch.grad_weights, kQueries);
       differentiate_softmax(
           scratch.weights, scratch.grad_weights, keys, queries, factor, call.gamma, logsumexp2, delta);
-      const auto p = E::left(scratch.weights, keys, queries, kQueries, 1, scratch.weights_operand);
-      const auto ds = E::left(scratch.grad_weights, keys, queries, kQueries, 1, scratch.logits_operand);
+      const auto p = E::left(scratch.weights.get(), keys, queries, kQueries, 1, scratch.weights_operand);
+      const auto ds = E::left(scratch.grad_weights.get(), keys, queries, kQueries, 1, scratch.logits_operand);
       const auto ds_right = E::right_padded(scratch.grad_weights, keys, queries, kQueries, scratch.logits_right);
       E::template multiply<true>(
           keys, D, queries, p, g_rows, scratch.grad_value + j * kKeys * ld_value, ld_value);

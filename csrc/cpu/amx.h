@@ -1,0 +1,213 @@
+// Products of bfloat16 operands on AMX tiles, sums in fp32. An operand is packed into tiles of 1 KiB, 16 rows of 32
+// values: a left one by [rows, k], a right one by pairs of k, [k / 2, columns, 2]; all k of 16 rows (columns) lie together.
+#pragma once
+
+#include "convert.h"
+
+namespace nystromgan::NYSTROMGAN_ISA {
+
+constexpr int64_t kTileRows = 16;  // rows of A and columns of B
+constexpr int64_t kTileDepth = 32;
+constexpr int64_t kTileSize = kTileRows * kTileDepth;
+
+// The first n of up to 32 values along k.
+NYSTROMGAN_INLINE __m512i load_along(const BFloat16* p, int64_t n) {
+  return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
+}
+
+// The first n of up to 16 values of k = 0 and of k = 1, in pairs; zero for k = 1 where it is absent.
+NYSTROMGAN_INLINE __m512i load_pairs(const BFloat16* p, int64_t k_stride, bool second, int64_t n) {
+  const __mmask16 mask = n >= 16 ? 0xffff : (1u << n) - 1;
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second ? mask : 0, p + (second ? k_stride : 0)));
+  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+NYSTROMGAN_INLINE Vec load_masked(const float* p, int64_t n) {
+  return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0, p);
+}
+
+NYSTROMGAN_INLINE __m512i round_two(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+NYSTROMGAN_INLINE __m512i interleave_halves(__m512i x) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, x);
+}
+
+NYSTROMGAN_INLINE __m512i load_along(const float* p, int64_t n) {
+  return round_two(load_masked(p, n), n > 16 ? load_masked(p + 16, n - 16) : Vec{});
+}
+
+NYSTROMGAN_INLINE __m512i load_pairs(const float* p, int64_t k_stride, bool second, int64_t n) {
+  return interleave_halves(round_two(load_masked(p, n), second ? load_masked(p + k_stride, n) : Vec{}));
+}
+
+// One tile of an operand whose rows (columns) are `major_stride` apart; zeros outside major x k.
+template <bool left, class S>
+NYSTROMGAN_INLINE void pack_tile(
+    const S* src, int64_t major, int64_t k, int64_t major_stride, int64_t k_stride, BFloat16* tile) {
+  Vec x[16];
+  if (k_stride == 1) {
+    for (int i = 0; i < 16; ++i) x[i] = i < major ? (Vec)load_along(src + i * major_stride, k) : Vec{};
+    if (!left) transpose(x);
+  } else {
+    for (int i = 0; i < 16; ++i)
+      x[i] = 2 * i < k ? (Vec)load_pairs(src + 2 * i * k_stride, k_stride, 2 * i + 1 < k, major) : Vec{};
+    if (left) transpose(x);
+  }
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * kTileDepth, (__m512i)x[i]);
+}
+
+// Packs an operand of any strides.
+template <bool left, class S>
+inline void pack_tiles(
+    const S* src, int64_t major, int64_t k, int64_t major_stride, int64_t k_stride, BFloat16* tiles) {
+  const bool strided = major_stride != 1 && k_stride != 1;
+  for (int64_t m = 0; m < major; m += kTileRows)
+    for (int64_t i = 0; i < k; i += kTileDepth, tiles += kTileSize) {
+      const S* from = src + m * major_stride + i * k_stride;
+      const int64_t rows = min(kTileRows, major - m), depth = min(kTileDepth, k - i);
+      if (!strided) {
+        pack_tile<left>(from, rows, depth, major_stride, k_stride, tiles);
+        continue;
+      }
+      S buffer[kTileSize];
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t d = 0; d < depth; ++d) buffer[r * kTileDepth + d] = from[r * major_stride + d * k_stride];
+      pack_tile<left>(buffer, rows, depth, kTileDepth, 1, tiles);
+    }
+}
+
+// C [16 row_tiles, 16 col_tiles], summed over `depth` tiles of k; B's tiles come in `parts` that share A's.
+template <int row_tiles, int col_tiles, bool accumulate>
+NYSTROMGAN_INLINE void multiply_tiles(
+    const BFloat16* a, const BFloat16* b, int64_t depth, int64_t parts, float* c, int64_t ldc) {
+  const int64_t stride = ldc * sizeof(float), next_a = depth * kTileSize, next_b = parts * depth * kTileSize;
+  float* const lower = c + kTileRows * ldc;
+  if constexpr (accumulate) {
+    _tile_loadd(0, c, stride);
+    if constexpr (col_tiles == 2) _tile_loadd(1, c + 16, stride);
+    if constexpr (row_tiles == 2) _tile_loadd(2, lower, stride);
+    if constexpr (row_tiles == 2 && col_tiles == 2) _tile_loadd(3, lower + 16, stride);
+  } else {
+    _tile_zero(0);
+    if constexpr (col_tiles == 2) _tile_zero(1);
+    if constexpr (row_tiles == 2) _tile_zero(2);
+    if constexpr (row_tiles == 2 && col_tiles == 2) _tile_zero(3);
+  }
+  for (int64_t i = 0; i < depth; ++i, a += kTileSize) {
+    _tile_loadd(4, a, 64);
+    if constexpr (row_tiles == 2) _tile_loadd(5, a + next_a, 64);
+    for (int64_t part = 0; part < parts; ++part, b += kTileSize) {
+      _tile_loadd(6, b, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (row_tiles == 2) _tile_dpbf16ps(2, 5, 6);
+      if constexpr (col_tiles == 2) {
+        _tile_loadd(7, b + next_b, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (row_tiles == 2) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+  }
+  _tile_stored(0, c, stride);
+  if constexpr (col_tiles == 2) _tile_stored(1, c + 16, stride);
+  if constexpr (row_tiles == 2) _tile_stored(2, lower, stride);
+  if constexpr (row_tiles == 2 && col_tiles == 2) _tile_stored(3, lower + 16, stride);
+}
+
+struct AmxEngine {
+  struct Left {
+    const BFloat16* tiles;
+  };
+  struct Right {
+    const BFloat16* tiles;
+    int64_t parts;  // 2: a high and a low part in turn, tile by tile along k
+  };
+  static constexpr int64_t kRowPad = kTileRows;
+
+  // Configures the tiles of this thread, all 16 rows of 64 bytes.
+  struct Session {
+    Session() {
+      struct alignas(64) {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      } config;
+      asm volatile("" ::"r"(&config) : "memory");  // the intrinsic claims to read only 8 bytes
+      _tile_loadconfig(&config);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session&) = delete;
+  };
+
+  static int64_t left_size(int64_t rows, int64_t k) { return round_up(rows, kTileRows) * round_up(k, kTileDepth) / 2; }
+  static int64_t right_size(int64_t k, int64_t cols) { return left_size(cols, k); }
+  static int64_t right_split_size(int64_t k, int64_t cols) { return 2 * right_size(k, cols); }
+
+  template <class S>
+  static Left left(const S* src, int64_t rows, int64_t k, int64_t row_stride, int64_t k_stride, float* scratch) {
+    BFloat16* tiles = reinterpret_cast<BFloat16*>(scratch);
+    pack_tiles<true>(src, rows, k, row_stride, k_stride, tiles);
+    return {tiles};
+  }
+  template <class S>
+  static Right right(const S* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
+    BFloat16* tiles = reinterpret_cast<BFloat16*>(scratch);
+    pack_tiles<false>(src, cols, k, col_stride, k_stride, tiles);
+    return {tiles, 1};
+  }
+  static Right right_padded(const float* src, int64_t k, int64_t cols, int64_t k_stride, float* scratch) {
+    return right(src, k, cols, k_stride, 1, scratch);
+  }
+  static Right right_split(
+      const BFloat16* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
+    return right(src, k, cols, k_stride, col_stride, scratch);
+  }
+  // B = high + low to 16 bits: two products.
+  static Right right_split(
+      const float* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
+    BFloat16* tiles = reinterpret_cast<BFloat16*>(scratch);
+    pack_split(src, k, cols, k_stride, col_stride, tiles);
+    return {tiles, 2};
+  }
+
+  template <bool accumulate>
+  static void multiply(int64_t rows, int64_t cols, int64_t k, Left a, Right b, float* c, int64_t ldc) {
+    asm volatile("" ::: "memory");  // the tile intrinsics do not tell the compiler what they read
+    const int64_t depth = (k + kTileDepth - 1) / kTileDepth;
+    int64_t row = 0;
+    for (; row + kTileRows < rows; row += 2 * kTileRows)
+      multiply_row<2, accumulate>(cols, depth, a.tiles + row * depth * kTileDepth, b, c + row * ldc, ldc);
+    if (row < rows) multiply_row<1, accumulate>(cols, depth, a.tiles + row * depth * kTileDepth, b, c + row * ldc, ldc);
+    asm volatile("" ::: "memory");
+  }
+
+ private:
+  template <int row_tiles, bool accumulate>
+  static void multiply_row(int64_t cols, int64_t depth, const BFloat16* a, Right b, float* c, int64_t ldc) {
+    const int64_t column_size = b.parts * depth * kTileDepth;  // of a column of B
+    int64_t col = 0;
+    for (; col + kTileRows < cols; col += 2 * kTileRows)
+      multiply_tiles<row_tiles, 2, accumulate>(a, b.tiles + col * column_size, depth, b.parts, c + col, ldc);
+    if (col < cols) multiply_tiles<row_tiles, 1, accumulate>(a, b.tiles + col * column_size, depth, b.parts, c + col, ldc);
+  }
+
+  static void pack_split(
+      const float* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, BFloat16* tiles) {
+    for (int64_t c = 0; c < cols; c += kTileRows)
+      for (int64_t i = 0; i < k; i += kTileDepth, tiles += 2 * kTileSize) {
+        const int64_t width = min(kTileRows, cols - c), depth = min(kTileDepth, k - i);
+        float high[kTileSize], low[kTileSize];  // [depth, width]
+        gather(src + i * k_stride + c * col_stride, depth, width, k_stride, col_stride, high, kTileRows);
+        for (int64_t j = 0; j < depth * kTileRows; j += kLanes) {
+          const Vec x = load(high + j);
+          store(low + j, x - widen(BFloat16{}, narrow(BFloat16{}, x)));
+        }
+        pack_tile<false>(high, width, depth, 1, kTileRows, tiles);
+        pack_tile<false>(low, width, depth, 1, kTileRows, tiles + kTileSize);
+      }
+  }
+};
+
+}  // namespace nystromgan::NYSTROMGAN_ISA
