@@ -65,7 +65,7 @@ def compiled_for(architecture: int) -> Iterator[list[Any]]:
     try:
         with (
             mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(_triton, "architecture", lambda tensor: architecture),
+            mock.patch.object(_triton, "architecture", return_value=architecture),
         ):
             yield kernels
     finally:

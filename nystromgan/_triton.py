@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -20,8 +22,25 @@ def tile(size: int, most: int | None = None) -> int:
 
 
 def launch_on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device: makes it that of `tensor`."""
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device: makes it that of `tensor`. On the CPU the interpreter runs."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else _interpreter()
+
+
+@contextlib.contextmanager
+def _interpreter() -> Iterator[None]:
+    """Lets the bound of a loop be an argument: up to 3.8 Triton takes it for an array, no number to numpy >= 2.4."""
+    from triton.runtime import interpreter
+
+    def patch_with_bounds(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    patch = interpreter._patch_lang_tensor
+    interpreter._patch_lang_tensor = patch_with_bounds
+    try:
+        yield
+    finally:
+        interpreter._patch_lang_tensor = patch
 
 
 @functools.lru_cache(maxsize=64)
@@ -33,8 +52,8 @@ def _capability(index: int) -> int:
 def architecture(tensor: Tensor) -> int:
     """The class of the tensor's device in the tuning tables: 80 (mma.sync), 90 (wgmma) or 100 (tcgen05).
 
-    Consumer Blackwell (120) multiplies as 80 does, and shares its 99 KiB of memory a program with 86 and 89, so the tables
-    keep to that for 80. The interpreter counts as 80.
+    Consumer Blackwell (120) multiplies as 80 does, and has the 99 KiB of shared memory of 86 and 89, so the tables keep
+    to that for 80. The interpreter counts as 80.
     """
     capability = _capability(tensor.device.index) if tensor.is_cuda else 80
     return 100 if 100 <= capability < 120 else 90 if capability == 90 else 80

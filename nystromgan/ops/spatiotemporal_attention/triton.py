@@ -43,6 +43,27 @@ def _load(p_tile, m_row, m_col, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr):
 
 
 @triton.jit
+def _product(
+    p_a, p_b, o_a, o_b, m_a, m_b, a_row, a_col, b_row, b_col, ROWS: tl.constexpr, TILE: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a^T b of matrices with ROWS channels, a chunk at a time: a product in three times tf32 fills the registers."""
+    o_row = tl.arange(0, CHUNK)
+    p_a = _tile(p_a, o_row, o_a, a_row, a_col)
+    p_b = _tile(p_b, o_row, o_b, b_row, b_col)
+    b_sum = tl.zeros([o_a.shape[0], o_b.shape[0]], tl.float32)
+    step = tl.full([], CHUNK, tl.int64)
+    for i_row in range(0, TILE, CHUNK):
+        m_row = i_row + o_row < ROWS
+        b_a = _load(p_a, m_row, m_a, False, False)  # [CHUNK, BLOCK_A]
+        b_b = _load(p_b, m_row, m_b, False, False)  # [CHUNK, BLOCK_B]
+        b_sum = dot(tl.trans(b_a), b_b, b_sum, PRECISION)
+        p_a += step * a_row
+        p_b += step * b_row
+    return b_sum
+
+
+@triton.jit
 def _kept(p_mask, o_s, stride_s, num_keys):
     """Which keys exist and are not padding."""
     m_s = o_s < num_keys
@@ -57,8 +78,8 @@ def _forward_kernel(
     query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s, value_b, value_h, value_e, value_s, mask_b, mask_s,
     residual_b, residual_h, residual_e, residual_n,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(num_tokens, BLOCK_N)
     i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -66,23 +87,33 @@ def _forward_kernel(
     o_n = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_s, o_c, o_e = tl.arange(0, BLOCK_S), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
     m_n, m_c, m_e = o_n < num_tokens, o_c < C, o_e < E
-    p_query = _tile(query + i_b * query_b + i_h * query_h, o_c, o_n, query_c, query_n)
-    p_key = _tile(key + i_b * key_b + i_h * key_h, o_c, o_s, key_c, key_s)
-    p_value = _tile(value + i_b * value_b + i_h * value_h, o_e, o_s, value_e, value_s)
+    query += i_b * query_b + i_h * query_h
+    key += i_b * key_b + i_h * key_h
+    value += i_b * value_b + i_h * value_h
+    p_query = _tile(query, o_c, o_n, query_c, query_n)
+    p_key = _tile(key, o_c, o_s, key_c, key_s)
+    p_value = _tile(value, o_e, o_s, value_e, value_s)
     p_mask = None if mask is None else mask + i_b * mask_b
 
-    b_query = _load(p_query, m_c, m_n, C == TILE_C, EVEN_N)  # [TILE_C, BLOCK_N]
-    b_query = tl.trans((b_query * tl.where(scale < 0, -1.0, 1.0)).to(query.dtype.element_ty))  # so that scale_log2 >= 0
+    sign = tl.where(scale < 0, -1.0, 1.0)  # the maximum is taken before the scale, which must not turn it over
     scale_log2 = tl.abs(scale) * LOG2E
+    if TILE_C <= CHUNK:
+        b_query = _load(p_query, m_c, m_n, C == TILE_C, EVEN_N)  # [TILE_C, BLOCK_N]
+        b_query = tl.trans((b_query * sign).to(query.dtype.element_ty))
     step = tl.full([], BLOCK_S, tl.int64)
     b_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_N], tl.float32)
     b_output = tl.zeros([BLOCK_N, TILE_E], tl.float32)
     for i_s in range(0, num_keys, BLOCK_S):
         m_bound = i_s + o_s < num_keys
-        b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
+        if TILE_C <= CHUNK:
+            b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
+            b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
+        else:
+            b_logits = sign * _product(
+                query, key, o_n, i_s + o_s, m_n, m_bound, query_c, query_n, key_c, key_s, C, TILE_C, CHUNK, PRECISION
+            )
         b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
-        b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
         if EVEN_S and mask is None:
             b_new = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
             b_shift = b_new
@@ -129,8 +160,8 @@ def _grad_query_kernel(
     num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
     value_b, value_h, value_e, value_s, mask_b, mask_s, attended_b, attended_h, attended_e, attended_n,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(num_tokens, BLOCK_N)
     i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -138,10 +169,14 @@ def _grad_query_kernel(
     o_n = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_s, o_c, o_e = tl.arange(0, BLOCK_S), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
     m_n, m_c, m_e = o_n < num_tokens, o_c < C, o_e < E
-    p_query = _tile(query + i_b * query_b + i_h * query_h, o_c, o_n, query_c, query_n)
-    p_key = _tile(key + i_b * key_b + i_h * key_h, o_c, o_s, key_c, key_s)
-    p_value = _tile(value + i_b * value_b + i_h * value_h, o_e, o_s, value_e, value_s)
-    p_grad = _tile(grad_output + i_b * grad_b + i_h * grad_h, o_e, o_n, grad_e, grad_n)
+    query += i_b * query_b + i_h * query_h
+    key += i_b * key_b + i_h * key_h
+    value += i_b * value_b + i_h * value_h
+    p_query = _tile(query, o_c, o_n, query_c, query_n)
+    p_key = _tile(key, o_c, o_s, key_c, key_s)
+    p_value = _tile(value, o_e, o_s, value_e, value_s)
+    grad_output += i_b * grad_b + i_h * grad_h
+    p_grad = _tile(grad_output, o_e, o_n, grad_e, grad_n)
     p_attended = _tile(attended + i_b * attended_b + i_h * attended_h, o_e, o_n, attended_e, attended_n)
     p_mask = None if mask is None else mask + i_b * mask_b
 
@@ -150,25 +185,50 @@ def _grad_query_kernel(
     b_rowdot = tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
     tl.store(rowdot + i_bh * num_tokens + o_n, b_rowdot, mask=m_n)
     b_lse = tl.load(logsumexp + i_bh * num_tokens + o_n, mask=m_n, other=float("inf")) * LOG2E
-    b_grad = tl.trans(b_grad)  # [BLOCK_N, TILE_E]
-    b_query = tl.trans(_load(p_query, m_c, m_n, C == TILE_C, EVEN_N))  # [BLOCK_N, TILE_C]
+    if TILE_E <= CHUNK:
+        b_grad = tl.trans(b_grad)  # [BLOCK_N, TILE_E]
+    if TILE_C <= CHUNK:
+        b_query = tl.trans(_load(p_query, m_c, m_n, C == TILE_C, EVEN_N))  # [BLOCK_N, TILE_C]
     b_grad_query = tl.zeros([BLOCK_N, TILE_C], tl.float32)
     step = tl.full([], BLOCK_S, tl.int64)
     for i_s in range(0, num_keys, BLOCK_S):
         m_bound = i_s + o_s < num_keys
-        b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
-        b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
+        m_s = m_bound
         if mask is not None:
             m_s = _kept(p_mask, i_s + o_s, mask_s, num_keys)
-            b_key = tl.where(m_s[None, :], b_key, 0.0)  # what is masked may be NaN
-        b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
-        b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
-        b_grad_weights = dot(b_grad, b_value, None, PRECISION)
-        b_grad_logits = b_weights * (b_grad_weights - b_rowdot[:, None])
+        b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
         if mask is not None:
+            b_key = tl.where(m_s[None, :], b_key, 0.0)  # what is masked may be NaN
+        if TILE_C <= CHUNK:
+            b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
+        else:
+            b_logits = _product(
+                query, key, o_n, i_s + o_s, m_n, m_s, query_c, query_n, key_c, key_s, C, TILE_C, CHUNK, PRECISION
+            )
+        b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
+        if TILE_E <= CHUNK:
+            b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
+            b_grad_weights = dot(b_grad, b_value, None, PRECISION)
+        else:
+            b_grad_weights = _product(
+                grad_output,
+                value,
+                o_n,
+                i_s + o_s,
+                m_n,
+                m_s,
+                grad_e,
+                grad_n,
+                value_e,
+                value_s,
+                E,
+                TILE_E,
+                CHUNK,
+                PRECISION,
+            )
+        b_grad_logits = b_weights * (b_grad_weights - b_rowdot[:, None])
+        if not (EVEN_S and mask is None):
             b_grad_logits = tl.where(m_s[None, :], b_grad_logits, 0.0)
-        elif not EVEN_S:
-            b_grad_logits = tl.where(m_bound[None, :], b_grad_logits, 0.0)
         b_grad_query = dot(b_grad_logits.to(b_key.dtype), tl.trans(b_key), b_grad_query, PRECISION)
         p_key += step * key_s
         p_value += step * value_s
@@ -187,8 +247,8 @@ def _grad_key_value_kernel(
     num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
     value_b, value_h, value_e, value_s, mask_b, mask_s,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     num_blocks = tl.cdiv(num_keys, BLOCK_S)
     i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -196,21 +256,27 @@ def _grad_key_value_kernel(
     o_s = (tl.program_id(0) % num_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
     o_n, o_c, o_e = tl.arange(0, BLOCK_N), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
     m_s, m_c, m_e = o_s < num_keys, o_c < C, o_e < E
-    p_query = _tile(query + i_b * query_b + i_h * query_h, o_c, o_n, query_c, query_n)
-    p_grad = _tile(grad_output + i_b * grad_b + i_h * grad_h, o_e, o_n, grad_e, grad_n)
-    p_key = _tile(key + i_b * key_b + i_h * key_h, o_c, o_s, key_c, key_s)
-    p_value = _tile(value + i_b * value_b + i_h * value_h, o_e, o_s, value_e, value_s)
+    query += i_b * query_b + i_h * query_h
+    key += i_b * key_b + i_h * key_h
+    value += i_b * value_b + i_h * value_h
+    grad_output += i_b * grad_b + i_h * grad_h
+    p_query = _tile(query, o_c, o_n, query_c, query_n)
+    p_key = _tile(key, o_c, o_s, key_c, key_s)
+    p_value = _tile(value, o_e, o_s, value_e, value_s)
+    p_grad = _tile(grad_output, o_e, o_n, grad_e, grad_n)
     p_logsumexp = logsumexp + i_bh * num_tokens + o_n
     p_rowdot = rowdot + i_bh * num_tokens + o_n
 
-    # Each key's gradients come from its own row alone, so that padding may stay until the end; but it may be NaN or huge.
-    b_key = _load(p_key, m_c, m_s, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
-    b_value = _load(p_value, m_e, m_s, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
+    # Each key's gradients come from its own row alone, so padding may stay until the end; but it may be NaN or huge.
+    m_keep = m_s
     if mask is not None:
         m_keep = _kept(mask + i_b * mask_b, o_s, mask_s, num_keys)
-        b_key = tl.where(m_keep[None, :], b_key, 0.0)
-        b_value = tl.where(m_keep[None, :], b_value, 0.0)
-    b_key, b_value = tl.trans(b_key), tl.trans(b_value)
+    if TILE_C <= CHUNK:
+        b_key = _load(p_key, m_c, m_keep, C == TILE_C, EVEN_S and mask is None)
+        b_key = tl.trans(b_key)  # [BLOCK_S, TILE_C]
+    if TILE_E <= CHUNK:
+        b_value = _load(p_value, m_e, m_keep, E == TILE_E, EVEN_S and mask is None)
+        b_value = tl.trans(b_value)  # [BLOCK_S, TILE_E]
     b_grad_key = tl.zeros([BLOCK_S, TILE_C], tl.float32)
     b_grad_value = tl.zeros([BLOCK_S, TILE_E], tl.float32)
     step = tl.full([], BLOCK_N, tl.int64)
@@ -220,10 +286,33 @@ def _grad_key_value_kernel(
         b_grad = _load(p_grad, m_e, m_n, E == TILE_E, EVEN_N)  # [TILE_E, BLOCK_N]
         b_lse = tl.load(p_logsumexp, mask=m_n, other=float("inf")) * LOG2E  # beyond the tokens: weights of zero
         b_rowdot = tl.load(p_rowdot, mask=m_n, other=0.0)
-        b_logits = dot(b_key, b_query, None, PRECISION)  # [BLOCK_S, BLOCK_N]
+        if TILE_C <= CHUNK:
+            b_logits = dot(b_key, b_query, None, PRECISION)  # [BLOCK_S, BLOCK_N]
+        else:
+            b_logits = _product(
+                key, query, o_s, i_n + o_n, m_keep, m_n, key_c, key_s, query_c, query_n, C, TILE_C, CHUNK, PRECISION
+            )
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[None, :])
         b_grad_value = dot(b_weights.to(b_grad.dtype), tl.trans(b_grad), b_grad_value, PRECISION)
-        b_grad_weights = dot(b_value, b_grad, None, PRECISION)
+        if TILE_E <= CHUNK:
+            b_grad_weights = dot(b_value, b_grad, None, PRECISION)
+        else:
+            b_grad_weights = _product(
+                value,
+                grad_output,
+                o_s,
+                i_n + o_n,
+                m_keep,
+                m_n,
+                value_e,
+                value_s,
+                grad_e,
+                grad_n,
+                E,
+                TILE_E,
+                CHUNK,
+                PRECISION,
+            )
         b_grad_logits = b_weights * (b_grad_weights - b_rowdot[None, :])
         b_grad_key = dot(b_grad_logits.to(b_query.dtype), tl.trans(b_query), b_grad_key, PRECISION)
         p_query += step * query_n
@@ -344,6 +433,7 @@ def _configure(
         "EVEN_N": query.shape[3] % config.BLOCK_N == 0,
         "EVEN_S": key.shape[3] % config.BLOCK_S == 0,
         "TOKEN_MAJOR": token_major,
+        "CHUNK": 64 if query.dtype == torch.float32 else 256,
         "PRECISION": _triton.precision(query.dtype),
     }
     return config, constants | config._asdict()

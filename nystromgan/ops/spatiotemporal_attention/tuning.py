@@ -34,8 +34,8 @@ CONFIGS = {
     "128x128w": Config(128, 128, 8, 2),
 }  # queries x keys, w: 8 warps instead of 4, d: 3 stages instead of 2
 
-# By kernel, architecture and bytes an element: the configuration for heads that are narrow (queries and keys of up to 32
-# channels, as SAGAN and SAVGAN have them) or wide, and up to 64, 128 or 256 channels in all.
+# By kernel, architecture and bytes an element: the configuration for heads that are narrow (queries and keys of at most
+# 32 channels, as SAGAN and SAVGAN have them) or wide, and of up to 64, 128 or 256 channels in all.
 COLUMNS = (("narrow", 64), ("narrow", 128), ("narrow", 256), ("wide", 64), ("wide", 128), ("wide", 256))
 TABLE = {
     ("forward", 80, 2): ("128x64", "64x64", "64x32w", "64x64", "64x32", "64x32w"),
