@@ -1,0 +1,24 @@
+"""Launch configurations of `iterative_pinv` in Triton, by device class and size class."""
+
+Config = dict[str, int]
+
+# The largest tile of the forward whose operands all stay on chip: above it registers spill (compiled, 3.6.0).
+CHIP_MOST = {80: 64, 90: 128, 100: 64}
+
+WARPS = {16: 2, 32: 4, 64: 8, 128: 8}  # by the side of the matrix's tile
+
+
+def on_chip(block: int) -> Config:
+    """Launch options of one program a matrix that holds it all."""
+    return {"num_warps": WARPS[block], "num_stages": 1}
+
+
+def tiled(block: int) -> Config:
+    """Kernel and launch options of one program a matrix that works through memory: 16 columns a step spill nothing."""
+    return {"TILE": min(block, 64), "TILE_K": 16, "num_warps": WARPS[block], "num_stages": 1}
+
+
+# (TILE, TILE_K, launch options) of a product of which every tile is a program: M > 128.
+PRODUCT: dict[int, tuple[int, int, Config]] = {
+    architecture: (64, 32, {"num_warps": 4, "num_stages": 3}) for architecture in (80, 90, 100)
+}
