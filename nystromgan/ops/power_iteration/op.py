@@ -71,7 +71,7 @@ def spectral_normalize(
     with torch.autocast(weights[0].device.type, enabled=False):
         if chosen == "reference":
             sigma = reference.power_iteration(weights, u, v, iterations, eps)
-            return [(weight / sigma[i]).to(weight.dtype) for i, weight in enumerate(weights)]
+            return [(weight / sigma[i]).to(weight.dtype).contiguous() for i, weight in enumerate(weights)]
         sigma, uv = _run(weights, u, v, iterations, eps, chosen)
         return torch.ops.nystromgan.spectral_normalize(weights, sigma, uv, chosen)
 
@@ -104,7 +104,7 @@ def _as_list(name: str, value: Any, single: bool) -> list[Tensor]:
     if single:
         return [value]
     if isinstance(value, Tensor) or not isinstance(value, Sequence):
-        wanted = "a matrix or a sequence of matrices" if name == "weights" else "a sequence, as weights is,"
+        wanted = "a matrix or a sequence of matrices" if name == "weights" else "a sequence as weights is"
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
     return list(value)
 
@@ -188,7 +188,12 @@ def _differentiate_spectral_normalize(ctx, grad_outputs):
     # Through singular_value, so that a second derivative sees how sigma depends on the weights.
     scales = torch.ops.nystromgan.singular_value(weights, sigma, uv).reciprocal().unbind()
     pairs = _split(uv, [weight.shape for weight in weights])
-    return [_normalize_vjp(*group) for group in zip(grad_outputs, outputs, scales, pairs, strict=True)], None, None, None
+    return (
+        [_normalize_vjp(*group) for group in zip(grad_outputs, outputs, scales, pairs, strict=True)],
+        None,
+        None,
+        None,
+    )
 
 
 def _normalize_vjp(grad_output: Tensor, output: Tensor, scale: Tensor, uv: tuple[Tensor, Tensor]) -> Tensor:
