@@ -45,17 +45,16 @@ def spatiotemporal_attention(
     the N x S weights. Under autocast, inputs are cast to its dtype.
     Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2019, eq. 1 to 3.
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check.tensor(name, tensor)
+    query, key, value = _library.autocast_dtype(query, key, value)
     _check_inputs(query, key, value, num_heads)
     scale = (query.shape[1] // num_heads) ** -0.5 if scale is None else _check.finite("scale", scale)
     batch, value_channels, grid = value.shape[0], value.shape[1], query.shape[2:]
     _check_epilogue(query, (batch, value_channels, *grid), gamma, residual)
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     residual = None if residual is None else residual.to(query.dtype)
     chosen = _backend.choose(OP, backend, (query, key, value))
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         output = _attend(
             _split_heads(query, num_heads),
             _split_heads(key, num_heads),
@@ -83,7 +82,6 @@ def _split_heads(maps: Tensor, num_heads: int) -> Tensor:
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> None:
-    _check.tensor("query", query)
     if not 3 <= query.ndim <= 5:
         raise ValueError(f"query must be (B, C, *grid) with a grid of 1 to 3 axes, got shape {tuple(query.shape)}")
     for name, tensor in (("key", key), ("value", value)):

@@ -2,7 +2,8 @@
 
 Tiles are read as they lie in memory, channels by tokens, and transposed inside the products; rows of a softmax stay in
 the registers of one program. The backward gives dQ (and the row sums of dO O, which it needs) in its first launch and
-dK, dV in its second, each summed by one program in a fixed order, so results are the same from run to run.
+dK, dV in its second, each summed by one program in a fixed order, so results are the same from run to run. Wide float32
+heads are cut into slices of channels: each slice of a result has a program of its own, which makes the weights anew.
 
 Source: Dao, "FlashAttention-2: faster attention with better parallelism and work partitioning", 2023.
 """
@@ -20,6 +21,14 @@ from nystromgan.ops.spatiotemporal_attention import tuning
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _place(length, BLOCK: tl.constexpr, SLICES: tl.constexpr):
+    """This program's batch and head, block of `length` tokens and slice of channels."""
+    i_block = tl.program_id(0) // SLICES
+    num_blocks = tl.cdiv(length, BLOCK)
+    return (i_block // num_blocks).to(tl.int64), i_block % num_blocks, tl.program_id(0) % SLICES
 
 
 @triton.jit
@@ -45,18 +54,18 @@ def _load(p_tile, m_row, m_col, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr):
 @triton.jit
 def _product(
     p_a, p_b, o_a, o_b, m_a, m_b, a_row, a_col, b_row, b_col, ROWS: tl.constexpr, TILE: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """a^T b of matrices with ROWS channels, a chunk at a time: a product in three times tf32 fills the registers."""
-    o_row = tl.arange(0, CHUNK)
+    """a^T b of matrices with ROWS channels, a tile at a time."""
+    o_row = tl.arange(0, TILE)
     p_a = _tile(p_a, o_row, o_a, a_row, a_col)
     p_b = _tile(p_b, o_row, o_b, b_row, b_col)
     b_sum = tl.zeros([o_a.shape[0], o_b.shape[0]], tl.float32)
-    step = tl.full([], CHUNK, tl.int64)
-    for i_row in range(0, TILE, CHUNK):
+    step = tl.full([], TILE, tl.int64)
+    for i_row in range(0, ROWS, TILE):
         m_row = i_row + o_row < ROWS
-        b_a = _load(p_a, m_row, m_a, False, False)  # [CHUNK, BLOCK_A]
-        b_b = _load(p_b, m_row, m_b, False, False)  # [CHUNK, BLOCK_B]
+        b_a = _load(p_a, m_row, m_a, False, False)  # [TILE, BLOCK_A]
+        b_b = _load(p_b, m_row, m_b, False, False)  # [TILE, BLOCK_B]
         b_sum = dot(tl.trans(b_a), b_b, b_sum, PRECISION)
         p_a += step * a_row
         p_b += step * b_row
@@ -77,15 +86,15 @@ def _forward_kernel(
     query, key, value, mask, gamma, residual, output, attended, logsumexp, scale, num_heads, num_tokens, num_keys,
     query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s, value_b, value_h, value_e, value_s, mask_b, mask_s,
     residual_b, residual_h, residual_e, residual_n,
-    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    num_blocks = tl.cdiv(num_tokens, BLOCK_N)
-    i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
+    i_bh, i_n, i_slice = _place(num_tokens, BLOCK_N, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    o_n = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_s, o_c, o_e = tl.arange(0, BLOCK_S), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_s = tl.arange(0, BLOCK_S)
+    o_c, o_e = tl.arange(0, TILE_C), i_slice * TILE_E + tl.arange(0, TILE_E)
     m_n, m_c, m_e = o_n < num_tokens, o_c < C, o_e < E
     query += i_b * query_b + i_h * query_h
     key += i_b * key_b + i_h * key_h
@@ -97,8 +106,8 @@ def _forward_kernel(
 
     sign = tl.where(scale < 0, -1.0, 1.0)  # the maximum is taken before the scale, which must not turn it over
     scale_log2 = tl.abs(scale) * LOG2E
-    if TILE_C <= CHUNK:
-        b_query = _load(p_query, m_c, m_n, C == TILE_C, EVEN_N)  # [TILE_C, BLOCK_N]
+    if C <= TILE_C:
+        b_query = _load(p_query, m_c, m_n, C % TILE_C == 0, EVEN_N)  # [TILE_C, BLOCK_N]
         b_query = tl.trans((b_query * sign).to(query.dtype.element_ty))
     step = tl.full([], BLOCK_S, tl.int64)
     b_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -106,14 +115,14 @@ def _forward_kernel(
     b_output = tl.zeros([BLOCK_N, TILE_E], tl.float32)
     for i_s in range(0, num_keys, BLOCK_S):
         m_bound = i_s + o_s < num_keys
-        if TILE_C <= CHUNK:
-            b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
+        if C <= TILE_C:
+            b_key = _load(p_key, m_c, m_bound, C % TILE_C == 0, EVEN_S)  # [TILE_C, BLOCK_S]
             b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
         else:
             b_logits = sign * _product(
-                query, key, o_n, i_s + o_s, m_n, m_bound, query_c, query_n, key_c, key_s, C, TILE_C, CHUNK, PRECISION
+                query, key, o_n, i_s + o_s, m_n, m_bound, query_c, query_n, key_c, key_s, C, TILE_C, PRECISION
             )
-        b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
+        b_value = _load(p_value, m_e, m_bound, E % TILE_E == 0, EVEN_S)  # [TILE_E, BLOCK_S]
         if EVEN_S and mask is None:
             b_new = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
             b_shift = b_new
@@ -142,7 +151,7 @@ def _forward_kernel(
     out_e, out_n = (1, E) if TOKEN_MAJOR else (num_tokens, 1)
     if logsumexp is not None:
         b_lse = tl.where(m_empty, float("inf"), (b_max + tl.log2(b_sum)) * LN2)  # inf gives weights of 0
-        tl.store(logsumexp + i_bh * num_tokens + o_n, b_lse, mask=m_n)
+        tl.store(logsumexp + i_bh * num_tokens + o_n, b_lse, mask=m_n & (i_slice == 0))
     if attended is not None:
         p_attended = _tile(attended + offset, o_e, o_n, out_e, out_n)
         tl.store(p_attended, b_output.to(attended.dtype.element_ty), mask=m_out)
@@ -159,15 +168,15 @@ def _grad_query_kernel(
     grad_output, query, key, value, mask, gamma, attended, logsumexp, rowdot, grad_query, scale, num_heads, num_tokens,
     num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
     value_b, value_h, value_e, value_s, mask_b, mask_s, attended_b, attended_h, attended_e, attended_n,
-    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    num_blocks = tl.cdiv(num_tokens, BLOCK_N)
-    i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
+    i_bh, i_n, i_slice = _place(num_tokens, BLOCK_N, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    o_n = (tl.program_id(0) % num_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_s, o_c, o_e = tl.arange(0, BLOCK_S), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_s = tl.arange(0, BLOCK_S)
+    o_c, o_e = i_slice * TILE_C + tl.arange(0, TILE_C), tl.arange(0, TILE_E)
     m_n, m_c, m_e = o_n < num_tokens, o_c < C, o_e < E
     query += i_b * query_b + i_h * query_h
     key += i_b * key_b + i_h * key_h
@@ -180,15 +189,19 @@ def _grad_query_kernel(
     p_attended = _tile(attended + i_b * attended_b + i_h * attended_h, o_e, o_n, attended_e, attended_n)
     p_mask = None if mask is None else mask + i_b * mask_b
 
-    b_grad = _load(p_grad, m_e, m_n, E == TILE_E, EVEN_N)  # [TILE_E, BLOCK_N]
-    b_attended = _load(p_attended, m_e, m_n, E == TILE_E, EVEN_N)
-    b_rowdot = tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
-    tl.store(rowdot + i_bh * num_tokens + o_n, b_rowdot, mask=m_n)
+    b_rowdot = tl.zeros([BLOCK_N], tl.float32)
+    for i_e in tl.static_range(0, E, TILE_E):
+        b_grad = _load(p_grad, i_e + o_e < E, m_n, E % TILE_E == 0, EVEN_N)  # [TILE_E, BLOCK_N]
+        b_attended = _load(p_attended, i_e + o_e < E, m_n, E % TILE_E == 0, EVEN_N)
+        b_rowdot += tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
+        p_grad += tl.full([], TILE_E, tl.int64) * grad_e
+        p_attended += tl.full([], TILE_E, tl.int64) * attended_e
+    tl.store(rowdot + i_bh * num_tokens + o_n, b_rowdot, mask=m_n & (i_slice == 0))
     b_lse = tl.load(logsumexp + i_bh * num_tokens + o_n, mask=m_n, other=float("inf")) * LOG2E
-    if TILE_E <= CHUNK:
+    if E <= TILE_E:
         b_grad = tl.trans(b_grad)  # [BLOCK_N, TILE_E]
-    if TILE_C <= CHUNK:
-        b_query = tl.trans(_load(p_query, m_c, m_n, C == TILE_C, EVEN_N))  # [BLOCK_N, TILE_C]
+    if C <= TILE_C:
+        b_query = tl.trans(_load(p_query, m_c, m_n, C % TILE_C == 0, EVEN_N))  # [BLOCK_N, TILE_C]
     b_grad_query = tl.zeros([BLOCK_N, TILE_C], tl.float32)
     step = tl.full([], BLOCK_S, tl.int64)
     for i_s in range(0, num_keys, BLOCK_S):
@@ -196,35 +209,22 @@ def _grad_query_kernel(
         m_s = m_bound
         if mask is not None:
             m_s = _kept(p_mask, i_s + o_s, mask_s, num_keys)
-        b_key = _load(p_key, m_c, m_bound, C == TILE_C, EVEN_S)  # [TILE_C, BLOCK_S]
+        b_key = _load(p_key, m_c, m_bound, C % TILE_C == 0, EVEN_S)  # [TILE_C, BLOCK_S]
         if mask is not None:
             b_key = tl.where(m_s[None, :], b_key, 0.0)  # what is masked may be NaN
-        if TILE_C <= CHUNK:
+        if C <= TILE_C:
             b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
         else:
             b_logits = _product(
-                query, key, o_n, i_s + o_s, m_n, m_s, query_c, query_n, key_c, key_s, C, TILE_C, CHUNK, PRECISION
+                query, key, o_n, i_s + o_s, m_n, m_s, query_c, query_n, key_c, key_s, C, TILE_C, PRECISION
             )
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
-        if TILE_E <= CHUNK:
-            b_value = _load(p_value, m_e, m_bound, E == TILE_E, EVEN_S)  # [TILE_E, BLOCK_S]
+        if E <= TILE_E:
+            b_value = _load(p_value, m_e, m_bound, E % TILE_E == 0, EVEN_S)  # [TILE_E, BLOCK_S]
             b_grad_weights = dot(b_grad, b_value, None, PRECISION)
         else:
             b_grad_weights = _product(
-                grad_output,
-                value,
-                o_n,
-                i_s + o_s,
-                m_n,
-                m_s,
-                grad_e,
-                grad_n,
-                value_e,
-                value_s,
-                E,
-                TILE_E,
-                CHUNK,
-                PRECISION,
+                grad_output, value, o_n, i_s + o_s, m_n, m_s, grad_e, grad_n, value_e, value_s, E, TILE_E, PRECISION
             )
         b_grad_logits = b_weights * (b_grad_weights - b_rowdot[:, None])
         if not (EVEN_S and mask is None):
@@ -246,15 +246,15 @@ def _grad_key_value_kernel(
     grad_output, query, key, value, mask, gamma, logsumexp, rowdot, grad_key, grad_value, scale, num_heads, num_tokens,
     num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
     value_b, value_h, value_e, value_s, mask_b, mask_s,
-    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, EVEN_N: tl.constexpr,
-    EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    num_blocks = tl.cdiv(num_keys, BLOCK_S)
-    i_bh = (tl.program_id(0) // num_blocks).to(tl.int64)
+    i_bh, i_s, i_slice = _place(num_keys, BLOCK_S, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    o_s = (tl.program_id(0) % num_blocks) * BLOCK_S + tl.arange(0, BLOCK_S)
-    o_n, o_c, o_e = tl.arange(0, BLOCK_N), tl.arange(0, TILE_C), tl.arange(0, TILE_E)
+    o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    o_n = tl.arange(0, BLOCK_N)
+    o_c, o_e = i_slice * TILE_C + tl.arange(0, TILE_C), i_slice * TILE_E + tl.arange(0, TILE_E)
     m_s, m_c, m_e = o_s < num_keys, o_c < C, o_e < E
     query += i_b * query_b + i_h * query_h
     key += i_b * key_b + i_h * key_h
@@ -271,47 +271,34 @@ def _grad_key_value_kernel(
     m_keep = m_s
     if mask is not None:
         m_keep = _kept(mask + i_b * mask_b, o_s, mask_s, num_keys)
-    if TILE_C <= CHUNK:
-        b_key = _load(p_key, m_c, m_keep, C == TILE_C, EVEN_S and mask is None)
+    if C <= TILE_C:
+        b_key = _load(p_key, m_c, m_keep, C % TILE_C == 0, EVEN_S and mask is None)
         b_key = tl.trans(b_key)  # [BLOCK_S, TILE_C]
-    if TILE_E <= CHUNK:
-        b_value = _load(p_value, m_e, m_keep, E == TILE_E, EVEN_S and mask is None)
+    if E <= TILE_E:
+        b_value = _load(p_value, m_e, m_keep, E % TILE_E == 0, EVEN_S and mask is None)
         b_value = tl.trans(b_value)  # [BLOCK_S, TILE_E]
     b_grad_key = tl.zeros([BLOCK_S, TILE_C], tl.float32)
     b_grad_value = tl.zeros([BLOCK_S, TILE_E], tl.float32)
     step = tl.full([], BLOCK_N, tl.int64)
     for i_n in range(0, num_tokens, BLOCK_N):
         m_n = i_n + o_n < num_tokens
-        b_query = _load(p_query, m_c, m_n, C == TILE_C, EVEN_N)  # [TILE_C, BLOCK_N]
-        b_grad = _load(p_grad, m_e, m_n, E == TILE_E, EVEN_N)  # [TILE_E, BLOCK_N]
+        b_query = _load(p_query, m_c, m_n, C % TILE_C == 0, EVEN_N)  # [TILE_C, BLOCK_N]
+        b_grad = _load(p_grad, m_e, m_n, E % TILE_E == 0, EVEN_N)  # [TILE_E, BLOCK_N]
         b_lse = tl.load(p_logsumexp, mask=m_n, other=float("inf")) * LOG2E  # beyond the tokens: weights of zero
         b_rowdot = tl.load(p_rowdot, mask=m_n, other=0.0)
-        if TILE_C <= CHUNK:
+        if C <= TILE_C:
             b_logits = dot(b_key, b_query, None, PRECISION)  # [BLOCK_S, BLOCK_N]
         else:
             b_logits = _product(
-                key, query, o_s, i_n + o_n, m_keep, m_n, key_c, key_s, query_c, query_n, C, TILE_C, CHUNK, PRECISION
+                key, query, o_s, i_n + o_n, m_keep, m_n, key_c, key_s, query_c, query_n, C, TILE_C, PRECISION
             )
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[None, :])
         b_grad_value = dot(b_weights.to(b_grad.dtype), tl.trans(b_grad), b_grad_value, PRECISION)
-        if TILE_E <= CHUNK:
+        if E <= TILE_E:
             b_grad_weights = dot(b_value, b_grad, None, PRECISION)
         else:
             b_grad_weights = _product(
-                value,
-                grad_output,
-                o_s,
-                i_n + o_n,
-                m_keep,
-                m_n,
-                value_e,
-                value_s,
-                grad_e,
-                grad_n,
-                E,
-                TILE_E,
-                CHUNK,
-                PRECISION,
+                value, grad_output, o_s, i_n + o_n, m_keep, m_n, value_e, value_s, grad_e, grad_n, E, TILE_E, PRECISION
             )
         b_grad_logits = b_weights * (b_grad_weights - b_rowdot[None, :])
         b_grad_key = dot(b_grad_logits.to(b_query.dtype), tl.trans(b_query), b_grad_key, PRECISION)
@@ -355,9 +342,9 @@ def spatiotemporal_attention(
     logsumexp = query.new_empty((batch, heads, tokens), dtype=torch.float32) if save else None
     mask = _as_bytes(key_padding_mask)
     strides = (*query.stride(), *key.stride(), *value.stride(), *_strides(mask, 2), *_strides(residual, 4))
-    config, constants = _configure("forward", query, key, value, token_major)
+    grid, constants = _configure("forward", query, key, value, token_major)
     with _triton.launch_on(query):
-        _forward_kernel[(batch * heads * triton.cdiv(tokens, config.BLOCK_N),)](
+        _forward_kernel[grid](
             query, key, value, mask, gamma, residual, output, attended, logsumexp, scale, heads, tokens,
             key.shape[3], *strides, **constants,
         )  # fmt: skip
@@ -381,20 +368,20 @@ def spatiotemporal_attention_backward(
     token_major: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, laid out as the output, and of gamma () where there is one."""
-    batch, heads, _, tokens = query.shape
+    _, heads, _, tokens = query.shape
     keys = key.shape[3]
     grads = [_empty_maps(x, x.shape[2], x.shape[3], token_major) for x in (query, key, value)]
     rowdot = torch.empty_like(logsumexp)
     mask = _as_bytes(key_padding_mask)
     strides = (*grad_output.stride(), *query.stride(), *key.stride(), *value.stride(), *_strides(mask, 2))
     with _triton.launch_on(query):
-        config, constants = _configure("grad_query", query, key, value, token_major)
-        _grad_query_kernel[(batch * heads * triton.cdiv(tokens, config.BLOCK_N),)](
+        grid, constants = _configure("grad_query", query, key, value, token_major)
+        _grad_query_kernel[grid](
             grad_output, query, key, value, mask, gamma, attended, logsumexp, rowdot, grads[0], scale, heads, tokens,
             keys, *strides, *attended.stride(), **constants,
         )  # fmt: skip
-        config, constants = _configure("grad_key_value", query, key, value, token_major)
-        _grad_key_value_kernel[(batch * heads * triton.cdiv(keys, config.BLOCK_S),)](
+        grid, constants = _configure("grad_key_value", query, key, value, token_major)
+        _grad_key_value_kernel[grid](
             grad_output, query, key, value, mask, gamma, logsumexp, rowdot, *grads[1:], scale, heads, tokens, keys,
             *strides, **constants,
         )  # fmt: skip
@@ -420,20 +407,26 @@ def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
 
 def _configure(
     kernel: str, query: Tensor, key: Tensor, value: Tensor, token_major: bool
-) -> tuple[tuning.Config, dict[str, Any]]:
-    """The tuned configuration of a kernel for these operands, and all of its compile-time constants."""
-    channels, value_channels = query.shape[2], value.shape[2]
-    tile_c, tile_e = _triton.tile(channels), _triton.tile(value_channels)
+) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid of a kernel for these operands, and its compile-time constants with the tuned configuration."""
+    batch, heads, channels, tokens = query.shape
+    value_channels, keys = value.shape[2:]
+    # A float32 operand of a product lies in registers whole, in two parts: wide ones are taken in slices.
+    most = 64 if query.dtype == torch.float32 else 256
+    tile_c, tile_e = _triton.tile(channels, most), _triton.tile(value_channels, most)
     config = tuning.choose(kernel, _triton.architecture(query), tile_c, tile_e, query.element_size())
+    slices_c, slices_e = triton.cdiv(channels, tile_c), triton.cdiv(value_channels, tile_e)
+    slices = {"forward": slices_e, "grad_query": slices_c, "grad_key_value": max(slices_c, slices_e)}[kernel]
+    blocks = triton.cdiv(keys, config.BLOCK_S) if kernel == "grad_key_value" else triton.cdiv(tokens, config.BLOCK_N)
     constants = {
         "C": channels,
         "E": value_channels,
         "TILE_C": tile_c,
         "TILE_E": tile_e,
-        "EVEN_N": query.shape[3] % config.BLOCK_N == 0,
-        "EVEN_S": key.shape[3] % config.BLOCK_S == 0,
+        "SLICES": slices,
+        "EVEN_N": tokens % config.BLOCK_N == 0,
+        "EVEN_S": keys % config.BLOCK_S == 0,
         "TOKEN_MAJOR": token_major,
-        "CHUNK": 64 if query.dtype == torch.float32 else 256,
         "PRECISION": _triton.precision(query.dtype),
     }
-    return config, constants | config._asdict()
+    return (batch * heads * blocks * slices,), constants | config._asdict()
