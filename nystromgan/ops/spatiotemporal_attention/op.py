@@ -47,7 +47,7 @@ def spatiotemporal_attention(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         _check.tensor(name, tensor)
-    query, key, value = _library.autocast_dtype(query, key, value)
+    query, key, value = _library.autocast_inputs(query, key, value)
     _check_inputs(query, key, value, num_heads)
     scale = (query.shape[1] // num_heads) ** -0.5 if scale is None else _check.finite("scale", scale)
     batch, value_channels, grid = value.shape[0], value.shape[1], query.shape[2:]

@@ -87,8 +87,8 @@ def _forward_kernel(
     query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s, value_b, value_h, value_e, value_s, mask_b, mask_s,
     residual_b, residual_h, residual_e, residual_n,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_n, i_slice = _place(num_tokens, BLOCK_N, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
@@ -107,7 +107,7 @@ def _forward_kernel(
     sign = tl.where(scale < 0, -1.0, 1.0)  # the maximum is taken before the scale, which must not turn it over
     scale_log2 = tl.abs(scale) * LOG2E
     if C <= TILE_C:
-        b_query = _load(p_query, m_c, m_n, C % TILE_C == 0, EVEN_N)  # [TILE_C, BLOCK_N]
+        b_query = _load(p_query, m_c, m_n, ALL_C, ALL_N)  # [TILE_C, BLOCK_N]
         b_query = tl.trans((b_query * sign).to(query.dtype.element_ty))
     step = tl.full([], BLOCK_S, tl.int64)
     b_max = tl.full([BLOCK_N], -float("inf"), tl.float32)
@@ -116,14 +116,14 @@ def _forward_kernel(
     for i_s in range(0, num_keys, BLOCK_S):
         m_bound = i_s + o_s < num_keys
         if C <= TILE_C:
-            b_key = _load(p_key, m_c, m_bound, C % TILE_C == 0, EVEN_S)  # [TILE_C, BLOCK_S]
+            b_key = _load(p_key, m_c, m_bound, ALL_C, ALL_S)  # [TILE_C, BLOCK_S]
             b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
         else:
             b_logits = sign * _product(
                 query, key, o_n, i_s + o_s, m_n, m_bound, query_c, query_n, key_c, key_s, C, TILE_C, PRECISION
             )
-        b_value = _load(p_value, m_e, m_bound, E % TILE_E == 0, EVEN_S)  # [TILE_E, BLOCK_S]
-        if EVEN_S and mask is None:
+        b_value = _load(p_value, m_e, m_bound, ALL_E, ALL_S)  # [TILE_E, BLOCK_S]
+        if ALL_S and mask is None:
             b_new = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
             b_shift = b_new
             b_weights = tl.exp2(b_logits * scale_log2 - b_shift[:, None])
@@ -169,8 +169,8 @@ def _grad_query_kernel(
     num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
     value_b, value_h, value_e, value_s, mask_b, mask_s, attended_b, attended_h, attended_e, attended_n,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_n, i_slice = _place(num_tokens, BLOCK_N, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
@@ -191,8 +191,8 @@ def _grad_query_kernel(
 
     b_rowdot = tl.zeros([BLOCK_N], tl.float32)
     for i_e in tl.static_range(0, E, TILE_E):
-        b_grad = _load(p_grad, i_e + o_e < E, m_n, E % TILE_E == 0, EVEN_N)  # [TILE_E, BLOCK_N]
-        b_attended = _load(p_attended, i_e + o_e < E, m_n, E % TILE_E == 0, EVEN_N)
+        b_grad = _load(p_grad, i_e + o_e < E, m_n, ALL_E, ALL_N)  # [TILE_E, BLOCK_N]
+        b_attended = _load(p_attended, i_e + o_e < E, m_n, ALL_E, ALL_N)
         b_rowdot += tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
         p_grad += tl.full([], TILE_E, tl.int64) * grad_e
         p_attended += tl.full([], TILE_E, tl.int64) * attended_e
@@ -201,7 +201,7 @@ def _grad_query_kernel(
     if E <= TILE_E:
         b_grad = tl.trans(b_grad)  # [BLOCK_N, TILE_E]
     if C <= TILE_C:
-        b_query = tl.trans(_load(p_query, m_c, m_n, C % TILE_C == 0, EVEN_N))  # [BLOCK_N, TILE_C]
+        b_query = tl.trans(_load(p_query, m_c, m_n, ALL_C, ALL_N))  # [BLOCK_N, TILE_C]
     b_grad_query = tl.zeros([BLOCK_N, TILE_C], tl.float32)
     step = tl.full([], BLOCK_S, tl.int64)
     for i_s in range(0, num_keys, BLOCK_S):
@@ -209,7 +209,7 @@ def _grad_query_kernel(
         m_s = m_bound
         if mask is not None:
             m_s = _kept(p_mask, i_s + o_s, mask_s, num_keys)
-        b_key = _load(p_key, m_c, m_bound, C % TILE_C == 0, EVEN_S)  # [TILE_C, BLOCK_S]
+        b_key = _load(p_key, m_c, m_bound, ALL_C, ALL_S)  # [TILE_C, BLOCK_S]
         if mask is not None:
             b_key = tl.where(m_s[None, :], b_key, 0.0)  # what is masked may be NaN
         if C <= TILE_C:
@@ -220,14 +220,14 @@ def _grad_query_kernel(
             )
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
         if E <= TILE_E:
-            b_value = _load(p_value, m_e, m_bound, E % TILE_E == 0, EVEN_S)  # [TILE_E, BLOCK_S]
+            b_value = _load(p_value, m_e, m_bound, ALL_E, ALL_S)  # [TILE_E, BLOCK_S]
             b_grad_weights = dot(b_grad, b_value, None, PRECISION)
         else:
             b_grad_weights = _product(
                 grad_output, value, o_n, i_s + o_s, m_n, m_s, grad_e, grad_n, value_e, value_s, E, TILE_E, PRECISION
             )
         b_grad_logits = b_weights * (b_grad_weights - b_rowdot[:, None])
-        if not (EVEN_S and mask is None):
+        if not (ALL_S and mask is None):
             b_grad_logits = tl.where(m_s[None, :], b_grad_logits, 0.0)
         b_grad_query = dot(b_grad_logits.to(b_key.dtype), tl.trans(b_key), b_grad_query, PRECISION)
         p_key += step * key_s
@@ -247,14 +247,16 @@ def _grad_key_value_kernel(
     num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
     value_b, value_h, value_e, value_s, mask_b, mask_s,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_s, i_slice = _place(num_keys, BLOCK_S, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
     o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
     o_n = tl.arange(0, BLOCK_N)
-    o_c, o_e = i_slice * TILE_C + tl.arange(0, TILE_C), i_slice * TILE_E + tl.arange(0, TILE_E)
+    # One tile of channels serves all slices; one of several belongs to its slice.
+    o_c = (i_slice if C > TILE_C else 0) * TILE_C + tl.arange(0, TILE_C)
+    o_e = (i_slice if E > TILE_E else 0) * TILE_E + tl.arange(0, TILE_E)
     m_s, m_c, m_e = o_s < num_keys, o_c < C, o_e < E
     query += i_b * query_b + i_h * query_h
     key += i_b * key_b + i_h * key_h
@@ -272,18 +274,18 @@ def _grad_key_value_kernel(
     if mask is not None:
         m_keep = _kept(mask + i_b * mask_b, o_s, mask_s, num_keys)
     if C <= TILE_C:
-        b_key = _load(p_key, m_c, m_keep, C % TILE_C == 0, EVEN_S and mask is None)
+        b_key = _load(p_key, m_c, m_keep, ALL_C, ALL_S and mask is None)
         b_key = tl.trans(b_key)  # [BLOCK_S, TILE_C]
     if E <= TILE_E:
-        b_value = _load(p_value, m_e, m_keep, E % TILE_E == 0, EVEN_S and mask is None)
+        b_value = _load(p_value, m_e, m_keep, ALL_E, ALL_S and mask is None)
         b_value = tl.trans(b_value)  # [BLOCK_S, TILE_E]
     b_grad_key = tl.zeros([BLOCK_S, TILE_C], tl.float32)
     b_grad_value = tl.zeros([BLOCK_S, TILE_E], tl.float32)
     step = tl.full([], BLOCK_N, tl.int64)
     for i_n in range(0, num_tokens, BLOCK_N):
         m_n = i_n + o_n < num_tokens
-        b_query = _load(p_query, m_c, m_n, C % TILE_C == 0, EVEN_N)  # [TILE_C, BLOCK_N]
-        b_grad = _load(p_grad, m_e, m_n, E % TILE_E == 0, EVEN_N)  # [TILE_E, BLOCK_N]
+        b_query = _load(p_query, m_c, m_n, ALL_C, ALL_N)  # [TILE_C, BLOCK_N]
+        b_grad = _load(p_grad, m_e, m_n, ALL_E, ALL_N)  # [TILE_E, BLOCK_N]
         b_lse = tl.load(p_logsumexp, mask=m_n, other=float("inf")) * LOG2E  # beyond the tokens: weights of zero
         b_rowdot = tl.load(p_rowdot, mask=m_n, other=0.0)
         if C <= TILE_C:
@@ -314,6 +316,10 @@ def _grad_key_value_kernel(
     if mask is not None:
         b_grad_key = tl.where(m_keep[:, None], b_grad_key, 0.0)
         b_grad_value = tl.where(m_keep[:, None], b_grad_value, 0.0)
+    if C <= TILE_C:
+        m_c &= i_slice == 0
+    if E <= TILE_E:
+        m_e &= i_slice == 0
     key_row, key_col = (1, C) if TOKEN_MAJOR else (num_keys, 1)
     value_row, value_col = (1, E) if TOKEN_MAJOR else (num_keys, 1)
     p_grad_key = _tile(grad_key + i_bh * C * num_keys, o_c, o_s, key_row, key_col)
@@ -424,8 +430,11 @@ def _configure(
         "TILE_C": tile_c,
         "TILE_E": tile_e,
         "SLICES": slices,
-        "EVEN_N": tokens % config.BLOCK_N == 0,
-        "EVEN_S": keys % config.BLOCK_S == 0,
+        # Whether every tile is full: then nothing is masked.
+        "ALL_C": channels % tile_c == 0 and slices_c in (1, slices),
+        "ALL_E": value_channels % tile_e == 0 and slices_e in (1, slices),
+        "ALL_N": tokens % config.BLOCK_N == 0,
+        "ALL_S": keys % config.BLOCK_S == 0,
         "TOKEN_MAJOR": token_major,
         "PRECISION": _triton.precision(query.dtype),
     }
