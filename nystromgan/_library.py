@@ -19,6 +19,15 @@ def constant_when_compiled(function: Callable) -> Callable:
     return function
 
 
+def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on; float64 stays, as under torch's own ops."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
 def define(schema: str, implementation: Callable, fake: Callable) -> None:
     """Defines the op of `schema`, implemented in Python for every device; `fake` gives shapes and dtypes only."""
     name = schema[: schema.index("(")]

@@ -190,7 +190,7 @@ class TestClustered:
 
 
 def video_features(seed: int) -> Tensor:
-    """Tokens (8 * 16 * 16, 64) of a real clip by a two-layer random 3-D convolution, of zero mean and unit deviation."""
+    """Tokens (8 * 16 * 16, 64) of a real clip: a two-layer random 3-D convolution, standardised."""
     clip = hela.video()[:16, 318:382, 518:582].double()  # (16, 64, 64), the middle
     clip = (clip - clip.mean()) / clip.std()
     first = normal(32, 1, 3, 3, 3, dtype=torch.float64, seed=seed) / 27**0.5

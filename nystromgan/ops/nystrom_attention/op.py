@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nystromgan import _backend, _check
+from nystromgan import _backend, _check, _library
 from nystromgan.ops.iterative_pinv import PINV_INITS
 from nystromgan.ops.nystrom_attention import library, reference
 from nystromgan.ops.nystrom_attention.landmarks import (
@@ -79,6 +79,9 @@ def nystrom_attention(
     N x M factors. Under autocast, inputs are cast to its dtype; A, Z and G V are float32 at least.
     Source: Xiong et al., "Nyströmformer", 2021, eq. 13; clustering after Zhang, Tsang and Kwok, 2008.
     """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        _check.tensor(name, tensor, 4)
+    query, key, value = _library.autocast_inputs(query, key, value)
     _check_inputs(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else _check.finite("scale", scale)
     _check.at_least("cluster_iterations", cluster_iterations, 0)
@@ -90,15 +93,12 @@ def nystrom_attention(
     if query_padding_mask is None and query.shape[2] == key.shape[2]:
         query_padding_mask = key_padding_mask
 
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     chosen = _backend.choose(OP, backend, (query, key, value))
-    with torch.autocast(device_type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         if query_landmarks is not None or key_landmarks is not None:
-            if grid is not None or cluster_iterations:
-                raise ValueError("grid and cluster_iterations are for pooled landmarks, got them with landmarks given")
+            for name, option in (("grid", grid), ("cluster_iterations", cluster_iterations or None)):
+                if option is not None:
+                    raise ValueError(f"{name} must not be given with landmarks, got {option}")
             _check_landmarks(query, query_landmarks, key_landmarks)
             plan, layout = Plan(query_landmarks, key_landmarks, key_padding_mask=key_padding_mask), None
         else:
@@ -118,7 +118,6 @@ def nystrom_attention(
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check.tensor(name, tensor, 4)
         _check.same(name, tensor, "query", query, "device", "dtype")
         _check.size(name, tensor, 0, query.shape[0], "query's batch")
         _check.size(name, tensor, 1, query.shape[1], "query's heads")
@@ -172,8 +171,7 @@ def _layout(
             raise ValueError(f"num_landmarks must be an integer without grid, got {tuple(num_landmarks)}")
         _check.at_least("num_landmarks", num_landmarks, 1)
         return Layout((queries,), (keys,), (num_landmarks,))
-    pair = len(grid) > 0 and isinstance(grid[0], Sequence)
-    query_grid, key_grid = (tuple(axes) for axes in (grid if pair else (grid, grid)))  # type: ignore[misc]
+    query_grid, key_grid = _grid_pair(grid)
     for name, axes, tokens in (("query", query_grid, queries), ("key", key_grid, keys)):
         for size in axes:
             _check.at_least("grid's sizes", size, 1)
@@ -183,6 +181,17 @@ def _layout(
         raise ValueError(f"grid must have as many axes for queries as for keys, got {query_grid} and {key_grid}")
     smallest = tuple(min(sizes) for sizes in zip(query_grid, key_grid, strict=True))
     return Layout(query_grid, key_grid, landmark_grid(num_landmarks, smallest))
+
+
+def _grid_pair(grid: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The grids of queries and of keys: a pair as given, or one grid for both."""
+    if not isinstance(grid, Sequence):
+        raise TypeError(f"grid must be a shape, or a pair (query_grid, key_grid), got {grid!r}")
+    pairs = [isinstance(axes, Sequence) for axes in grid]
+    if not grid or (any(pairs) and not (all(pairs) and len(grid) == 2)):
+        raise ValueError(f"grid must be a shape, or a pair (query_grid, key_grid), got {grid!r}")
+    query_grid, key_grid = grid if any(pairs) else (grid, grid)
+    return tuple(query_grid), tuple(key_grid)  # type: ignore[arg-type]
 
 
 def _pooled_plan(query_mask: Tensor | None, key_mask: Tensor | None, layout: Layout) -> Plan:
