@@ -126,7 +126,7 @@ class _SelfAttention(nn.Module):
             if isinstance(self.output, nn.Identity) and x.dtype == query.dtype:
                 return exact(gamma=self.gamma, residual=x)
             attended = exact()
-        return x + self.gamma * self.output(attended)
+        return torch.addcmul(x, self.gamma, self.output(attended))
 
     def _attend_landmarks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """(B, C, *grid), (B, C, *key_grid), (B, E, *key_grid) -> (B, E, *grid)."""

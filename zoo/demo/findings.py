@@ -55,15 +55,19 @@ def row_caption(form: str, results: dict[str, Any]) -> str:
     row = results["rows"][form]
     if form == "exact":
         return "the weights sum to 1"
-    return f"correlation with exact {row['correlation']:.2f}, sum {row['sum']:.3f}, least weight {row['least']:.1e}"
+    lowest = f"{row['least']:.0e}".replace("-", "−")
+    return f"correlation with exact {row['correlation']:.2f}, sum {row['sum']:.3f}, lowest weight {lowest}"
 
 
 def error_sentence(results: dict[str, Any]) -> str:
     grid, clustered = (_error_at(results, form.name, 1.0) for form in (scene.GRID, scene.CLUSTERED))
+    widest = _widest(results)
     return (
         f"At the sharpness of the maps above, 64 clustered landmarks are {grid / clustered:.1f} times closer to exact "
         f"attention than 64 block means ({clustered:.2f} against {grid:.2f}). When logits spread wider, a voxel "
-        "attends to fewer others, the attention matrix needs more landmarks, and every landmark form gets worse."
+        f"attends to fewer others, and landmarks have more to describe: at {widest:g}, the widest here, the error of "
+        f"64 clustered landmarks is {_error_at(results, scene.CLUSTERED.name, widest):.2f}, of 256 "
+        f"{_error_at(results, '256 clustered landmarks', widest):.2f}."
     )
 
 
@@ -77,18 +81,19 @@ def growth_sentence(results: dict[str, Any]) -> str:
         f"{duration(exact['median_ms'])} in the faster exact form, "
         f"{duration(clustered['median_ms'])} with clustered landmarks and {duration(grid['median_ms'])} with grid "
         "landmarks. Exact attention that never stores the N × N weights (torch's fused one, and ours on the cpu "
-        "backend) needs about as little memory as landmarks: what it costs is time."
+        "backend) needs as little memory as landmarks or less: what it costs is time."
     )
 
 
 def advice(results: dict[str, Any]) -> list[str]:
     """The cases for exact attention."""
+    widest = _widest(results)
+    grid, clustered = (_error_at(results, form.name, widest) for form in (scene.GRID, scene.CLUSTERED))
     return [
-        _crossover(results, FORWARD),
-        _crossover(results, TRAINING),
-        "<b>Sharp attention.</b> Where a voxel attends to a handful of others (here, from a sharpness of about "
-        f"{_too_sharp(results)} on), 64 landmarks of either kind lose much of it: use exact attention, or more "
-        "landmarks and check.",
+        f"<b>Small inputs.</b> {_crossover(results, FORWARD)} {_crossover(results, TRAINING)}",
+        "<b>Sharp attention.</b> The fewer voxels one attends to, the more landmarks lose. At sharpness "
+        f"{widest:g}, 64 clustered landmarks are off by {clustered:.2f} and 64 grid landmarks by {grid:.2f}: there, "
+        "use exact attention or more landmarks, and check.",
         "<b>When the weights themselves matter,</b> for example as an explanation: landmark weights can be below 0 "
         "and need not sum to 1.",
         "The block takes the same weights either way: <code>num_landmarks=None</code> is exact, so one can train with "
@@ -104,23 +109,17 @@ def _crossover(results: dict[str, Any], mode: str) -> str:
         if (exact := _best_exact(results, mode, tokens))
         and exact["median_ms"] <= _find(results, mode, scene.CLUSTERED.name, tokens)["median_ms"]
     ]
-    smallest = min(row["tokens"] for row in results["measurements"])
-    if not faster:
+    if faster:
         return (
-            f"<b>Small inputs.</b> For {mode}, clustered landmarks were faster than exact attention at every size "
-            f"measured, from {smallest:,} tokens on; below that, use exact."
+            f"For {mode}, exact attention was as fast as clustered landmarks, or faster, up to {max(faster):,} tokens."
         )
-    return (
-        f"<b>Small inputs.</b> For {mode}, exact attention was as fast as clustered landmarks, or faster, up to "
-        f"{max(faster):,} tokens: there is nothing to gain there."
-    )
+    smallest = min(row["tokens"] for row in results["measurements"])
+    return f"For {mode}, clustered landmarks were the faster at every size measured, from {smallest:,} tokens on."
 
 
-def _too_sharp(results: dict[str, Any]) -> str:
-    """The least sharpness at which even 64 clustered landmarks are off by a fifth."""
-    (curve,) = [curve for curve in results["error"] if curve["form"] == scene.CLUSTERED.name]
-    sharp = [point["sharpness"] for point in curve["points"] if point["error"] >= 0.2]
-    return f"{sharp[0]:g}" if sharp else f"more than {curve['points'][-1]['sharpness']:g}"
+def _widest(results: dict[str, Any]) -> float:
+    """The largest sharpness that was tried."""
+    return max(point["sharpness"] for point in results["error"][0]["points"])
 
 
 def _find(results: dict[str, Any], mode: str, form: str, tokens: int) -> dict[str, Any]:

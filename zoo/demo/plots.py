@@ -35,7 +35,7 @@ def growth(ax: Axes, rows: list[dict[str, Any]], mode: str, field: str) -> None:
         points = [row for row in rows if row["mode"] == mode and row["form"] == form and field in row]
         unit = 2**20 if field == "peak_bytes" else 1
         tokens = [row["tokens"] for row in points]
-        values = [max(row[field], 1) / unit for row in points]
+        values = [row[field] / unit for row in points]
         ax.plot(tokens, values, color=color, marker=MARKERS[form], markersize=4.5, linewidth=1.8, label=form)
         if field == "median_ms":
             ax.fill_between(
@@ -106,7 +106,7 @@ def picture(outcome: experiment.Outcome) -> bytes:
     place, maps, rows = outcome.scene, outcome.maps, outcome.results["measurements"]
     frames, token = place.frames, place.token
     with matplotlib.rc_context(_style("#24292f")):
-        fig = Figure(figsize=(13, 4.3), layout="constrained", facecolor="white")
+        fig = Figure(figsize=(13, 4.0), layout="constrained", facecolor="white")
         left, right = fig.subfigures(1, 2, width_ratios=(1.75, 1))
         shown = (0, 2, 3, 4, 5, 6)
         names = ("video", *maps)
@@ -115,7 +115,7 @@ def picture(outcome: experiment.Outcome) -> bytes:
         for ax_row, name in zip(axes, names, strict=True):
             for ax, frame in zip(ax_row, shown, strict=True):
                 values, top, cmap = (frames, 1.0, "gray") if name == "video" else (maps[name], vmax, HEAT)
-                ax.imshow(values[frame].numpy(), vmin=0, vmax=top, cmap=cmap, aspect="auto")
+                ax.imshow(values[frame].numpy(), vmin=0, vmax=top, cmap=cmap)
                 ax.set_xticks([])
                 ax.set_yticks([])
                 ax.grid(visible=False)
@@ -123,14 +123,14 @@ def picture(outcome: experiment.Outcome) -> bytes:
                     _ring(ax, token, values.shape[1] // maps["exact"].shape[1])
             ax_row[0].set_ylabel(name.replace(" landmarks", "\nlandmarks"), rotation=0, ha="right", va="center")
         left.suptitle("where the circled voxel of a dividing nucleus attends", fontsize=11)
-        for ax, (field, title) in zip(
-            right.subplots(2, 1), {"median_ms": "time", "peak_bytes": "peak memory"}.items(), strict=True
-        ):
+        time_ax, memory_ax = right.subplots(2, 1)
+        for ax, field, title in ((time_ax, "median_ms", "time"), (memory_ax, "peak_bytes", "peak memory")):
             growth(ax, rows, measure.MODES[1], field)
             ax.set_title(f"{title}, {measure.MODES[1]}", fontsize=10)
-            if field == "median_ms":
-                ax.set_xlabel("")
-                ax.legend(frameon=False, fontsize=7.5)
+        time_ax.set_xlabel("")
+        right.legend(
+            *time_ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
+        )
         stream = io.BytesIO()
         fig.savefig(stream, format="png", dpi=110)
     return stream.getvalue()

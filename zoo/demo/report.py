@@ -61,7 +61,7 @@ def _attention(outcome: Outcome) -> str:
         f"<p>{findings.attention_sentence(outcome.results)}</p>"
         f"<figure class=strips><div class=scroll>{''.join(rows)}</div>"
         f"<figcaption><span class=scale></span> weight 0 to {top:.4f}; one scale for all three rows; weights below 0, "
-        "which landmark attention can have, are drawn as 0.</figcaption></figure></section>"
+        "which landmark attention can have, are drawn as 0. On a narrow screen, scroll sideways for all eight.</figcaption></figure></section>"
     )
 
 
