@@ -7,10 +7,13 @@ from nystromgan.functional import (
     power_iteration,
     spatiotemporal_attention,
 )
+from nystromgan.nn import SelfAttention2d, SelfAttention3d
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SelfAttention2d",
+    "SelfAttention3d",
     "UnsupportedError",
     "__version__",
     "available_backends",

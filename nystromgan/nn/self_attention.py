@@ -21,7 +21,8 @@ class _SelfAttention(nn.Module):
     """The block for any number of axes; the public classes say which."""
 
     axes: int
-    conv: type[nn.Module]
+    conv: type[nn.Conv2d] | type[nn.Conv3d]
+    landmark_draw: Tensor | None
 
     def __init__(
         self,
@@ -62,8 +63,8 @@ class _SelfAttention(nn.Module):
         self.value = convolution(channels, self.value_channels)
         self.output = convolution(self.value_channels, channels) if self.value_channels != channels else nn.Identity()
         self.gamma = nn.Parameter(torch.empty((), device=device, dtype=dtype))
-        draw = torch.empty(num_landmarks, dtype=torch.int64, device=device) if landmarks == "random" else None
-        self.register_buffer("landmark_draw", draw)
+        draw = torch.empty(self._landmark_count(), dtype=torch.int64, device=device)
+        self.register_buffer("landmark_draw", draw if landmarks == "random" else None)
         self.register_load_state_dict_pre_hook(_keep_own_draw)
         self.reset_parameters()
 
@@ -99,6 +100,12 @@ class _SelfAttention(nn.Module):
             )
         if set(self.pool) != {1}:
             raise ValueError(f"pool must be 1 with landmarks='random', got {self.pool}: pooled keys are other tokens")
+
+    def _landmark_count(self) -> int:
+        """M; 0 for exact attention."""
+        if isinstance(self.num_landmarks, Sequence):
+            return math.prod(self.num_landmarks)
+        return self.num_landmarks or 0
 
     def reset_parameters(self) -> None:
         """Sets gamma to 0, so that the block starts as the identity, and draws random landmarks."""
@@ -141,22 +148,19 @@ class _SelfAttention(nn.Module):
         )
         return attended.mT.reshape(-1, self.value_channels, *grid)
 
-    def _landmark_options(
-        self, query: Tensor, key: Tensor, grid: torch.Size, key_grid: torch.Size
-    ) -> dict[str, Tensor | Any]:
+    def _landmark_options(self, query: Tensor, key: Tensor, grid: torch.Size, key_grid: torch.Size) -> dict[str, Any]:
         """What `nystrom_attention` is told about the landmarks."""
-        assert self.num_landmarks is not None
         pooled = {"num_landmarks": self.num_landmarks, "cluster_iterations": self.cluster_iterations}
         if self.landmarks == "segment":
             return pooled
         if self.landmarks == "grid":
             return {**pooled, "grid": (tuple(grid), tuple(key_grid))}
-        if self.num_landmarks >= query.shape[2]:
+        if self.landmark_draw is None or self._landmark_count() >= query.shape[2]:
             return pooled  # every token is a landmark, which is exact attention
-        index = self._random_tokens(query.shape[2])
+        index = self._random_tokens(self.landmark_draw, query.shape[2])
         return {"query_landmarks": query[:, :, index], "key_landmarks": key[:, :, index]}
 
-    def _random_tokens(self, num_tokens: int) -> Tensor:
+    def _random_tokens(self, draw: Tensor, num_tokens: int) -> Tensor:
         """(M,) distinct tokens in rising order, drawn anew in training and the last drawn in eval.
 
         The buffer holds integers, which neither the number of tokens nor a change of the module's dtype touches. Sorted
@@ -164,9 +168,9 @@ class _SelfAttention(nn.Module):
         """
         if self.training:
             with torch.no_grad():
-                self.landmark_draw.copy_(torch.randint_like(self.landmark_draw, 2**62))
-        count = self.landmark_draw.shape[0]
-        sorted_draw = (self.landmark_draw % (num_tokens - count + 1)).sort().values
+                draw.copy_(torch.randint_like(draw, 2**62))
+        count = draw.shape[0]
+        sorted_draw = torch.remainder(draw, num_tokens - count + 1).sort().values
         return sorted_draw + torch.arange(count, device=sorted_draw.device)
 
     def _pooled(self, maps: Tensor) -> Tensor:
@@ -183,8 +187,7 @@ class _SelfAttention(nn.Module):
             tokens = math.prod(x.shape[2:])
             keys = math.prod(-(-size // block) for size, block in zip(x.shape[2:], self.pool, strict=True))
             dims = (self.query_channels + self.value_channels) // self.num_heads
-            landmarks = self.num_landmarks if isinstance(self.num_landmarks, int) else math.prod(self.num_landmarks)
-            _warn_if_dearer_than_exact(tokens, keys, dims, landmarks, self.pinv_iterations)
+            _warn_if_dearer_than_exact(tokens, keys, dims, self._landmark_count(), self.pinv_iterations)
 
     def extra_repr(self) -> str:
         names = ["channels", "num_heads", "query_channels", "value_channels", "pool"]

@@ -36,6 +36,12 @@ def _video(dtype: torch.dtype = torch.float32, batch: int = 2) -> Tensor:
     return torch.randn(batch, 16, *GRID, dtype=dtype)
 
 
+def _tokens(block: SelfAttention3d, num_tokens: int) -> Tensor:
+    """The random landmarks' tokens."""
+    assert block.landmark_draw is not None
+    return block._random_tokens(block.landmark_draw, num_tokens)
+
+
 def _plain_exact(block: SelfAttention3d, x: Tensor) -> Tensor:
     """The block as SAGAN writes it: transposed maps and the whole N x N matrix."""
     query, key, value = (conv(x).flatten(2) for conv in (block.query, block.key, block.value))  # (B, C, N)
@@ -104,12 +110,12 @@ def test_image_is_a_video_of_one_frame() -> None:
 
 def test_random_landmarks_are_savgan() -> None:
     x, block = _video(torch.float64), _block("random", dtype=torch.float64).eval()
-    torch.testing.assert_close(block(x), _plain_random(block, x, block._random_tokens(120)))
+    torch.testing.assert_close(block(x), _plain_random(block, x, _tokens(block, 120)))
 
 
 def test_random_tokens_are_distinct_and_spread_evenly() -> None:
     block = _block("random")
-    draws = [block._random_tokens(40) for _ in range(2000)]
+    draws = [_tokens(block, 40) for _ in range(2000)]
     assert all(len(set(draw.tolist())) == 7 and draw.min() >= 0 and draw.max() < 40 for draw in draws)
     counts = torch.cat(draws).bincount(minlength=40)
     assert counts.sum() == 14000
@@ -185,7 +191,7 @@ def test_gradient_penalty_is_that_of_plain_pytorch(kind: str) -> None:
     block = _block(kind, dtype=torch.float64).eval()
 
     def plain(x: Tensor) -> Tensor:
-        return _plain_exact(block, x) if kind == "exact" else _plain_random(block, x, block._random_tokens(120))
+        return _plain_exact(block, x) if kind == "exact" else _plain_random(block, x, _tokens(block, 120))
 
     def penalty_gradients(function: Any) -> tuple[Tensor, ...]:
         torch.manual_seed(1)

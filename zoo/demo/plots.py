@@ -73,14 +73,14 @@ def sharpness(ax: Axes, curves: list[dict[str, Any]]) -> None:
     ax.set_ylabel("error against exact")
 
 
-def figure(draw: Any, *args: Any, legend: str | None = None) -> str:
+def figure(draw: Any, *args: Any, legend: bool = False) -> str:
     """An SVG of one plot, its text and axes in the page's colour."""
     with matplotlib.rc_context(_style(INK)):
         fig = Figure(figsize=(4.6, 3.2), layout="constrained")
         ax = fig.subplots()
         draw(ax, *args)
         if legend:
-            ax.legend(loc=legend, frameon=False, fontsize=8.5)
+            ax.legend(loc="upper left", frameon=False, fontsize=8.5)
         stream = io.StringIO()
         fig.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
@@ -88,7 +88,7 @@ def figure(draw: Any, *args: Any, legend: str | None = None) -> str:
     return re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'role="img"', svg, count=1)
 
 
-def _style(ink: str) -> dict[str, Any]:
+def _style(ink: str) -> Any:
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     return {
         **dict.fromkeys(names, ink),
@@ -107,7 +107,8 @@ def picture(outcome: experiment.Outcome) -> bytes:
     frames, token = place.frames, place.token
     with matplotlib.rc_context(_style("#24292f")):
         fig = Figure(figsize=(13, 4.0), layout="constrained", facecolor="white")
-        left, right = fig.subfigures(1, 2, width_ratios=(1.75, 1))
+        halves: Any = fig.subfigures(1, 2, width_ratios=(1.75, 1))
+        left, right = halves
         shown = (0, 2, 3, 4, 5, 6)
         names = ("video", *maps)
         axes = left.subplots(len(names), len(shown), gridspec_kw={"wspace": 0.02, "hspace": 0.02})

@@ -61,7 +61,8 @@ def _attention(outcome: Outcome) -> str:
         f"<p>{findings.attention_sentence(outcome.results)}</p>"
         f"<figure class=strips><div class=scroll>{''.join(rows)}</div>"
         f"<figcaption><span class=scale></span> weight 0 to {top:.4f}; one scale for all three rows; weights below 0, "
-        "which landmark attention can have, are drawn as 0. On a narrow screen, scroll sideways for all eight.</figcaption></figure></section>"
+        "which landmark attention can have, are drawn as 0. On a narrow screen, scroll sideways."
+        "</figcaption></figure></section>"
     )
 
 
@@ -89,7 +90,7 @@ def _error(outcome: Outcome) -> str:
     return (
         "<section><h2>How far from exact</h2>"
         f"<p>{findings.error_sentence(outcome.results)}</p>"
-        f"<div class=pair><figure>{plots.figure(plots.sharpness, curves, legend='upper left')}</figure>"
+        f"<div class=pair><figure>{plots.figure(plots.sharpness, curves, legend=True)}</figure>"
         "<div class=scroll><table><caption>Error: |landmark − exact| / |exact − plain mean|. At 1, one might as well "
         "give every voxel the plain mean. Columns: sharpness, the standard deviation of the logits; the maps above "
         f"have 1.</caption><tr><th></th>{head}</tr>{lines}</table></div></div></section>"
