@@ -13,7 +13,7 @@ struct Forward {
   int64_t m = p.landmarks, d = p.head_dim, e = p.value_dim;
   int64_t ldm = round_up(m, kLanes), lde = round_up(e, kLanes);
   int64_t splits = chunks_of(p.keys);
-  int64_t split_size = m * lde + 2 * ldm;  // G V, the rows' maxima and sums
+  int64_t sums_size = round_up(m, E::kRowPad) * lde, split_size = sums_size + 2 * ldm;  // G V, the rows' maxima and sums
   Scratch partial{p.batch * p.heads * splits * split_size};
 
   float* split(int64_t i, int64_t s) const { return partial + (i * splits + s) * split_size; }
@@ -23,14 +23,13 @@ struct Forward {
     const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.keys);
     const int64_t block = block_tokens(m);
     const bool* mask = p.key_padding_mask ? p.key_padding_mask + b * p.keys : nullptr;
-    float *sums = split(i, s), *tops = sums + m * lde, *totals = tops + ldm;
+    float *sums = split(i, s), *tops = sums + sums_size, *totals = tops + ldm;
     for (int64_t c = 0; c < ldm; ++c) tops[c] = -kInfinity, totals[c] = 0.0f;
-    memset(sums, 0, m * lde * sizeof(float));
+    memset(sums, 0, sums_size * sizeof(float));
 
     typename E::Session session;
     Scratch scaled(m * d), landmarks(E::right_split_size(d, m)), left(E::left_size(block, d) + E::left_size(m, block));
     Scratch right(E::right_size(block, e)), logits(round_up(block, E::kRowPad) * ldm), valid(block * e);
-    Scratch product(E::kRowPad > 1 ? round_up(m, E::kRowPad) * lde : 0);
     scale_to_base_2(p.query_means + i * m * d, m * d, p.scale, scaled);
     const auto queries = E::right_split(static_cast<float*>(scaled), d, m, 1, d, landmarks);  // [D, M]
     for (int64_t n = first; n < last; n += block) {
@@ -103,15 +102,15 @@ struct Forward {
     for (int64_t r = 0; r < m; ++r) {
       float top = -kInfinity, total = 0.0f;
       for (int64_t s = 0; s < splits; ++s) {
-        const float own = split(i, s)[m * lde + r];
+        const float own = split(i, s)[sums_size + r];
         if (larger(own, top)) top = own;
       }
       const float shift = top == -kInfinity ? 0.0f : top;
       memset(context + r * e, 0, e * sizeof(float));
       for (int64_t s = 0; s < splits; ++s) {
         const float* of = split(i, s);
-        const float factor = exp2(splat(of[m * lde + r] - shift))[0];
-        total += factor * of[m * lde + ldm + r];
+        const float factor = exp2(splat(of[sums_size + r] - shift))[0];
+        total += factor * of[sums_size + ldm + r];
         add_scaled(context + r * e, of + r * lde, factor, e);
       }
       const bool empty = total == 0.0f || (absent != nullptr && absent[r]);
