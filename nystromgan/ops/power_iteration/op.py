@@ -81,23 +81,23 @@ def _checked(
 ) -> tuple[str, list[Tensor], list[Tensor], list[Tensor]]:
     """The backend and the three arguments as lists, after every check."""
     single = isinstance(weights, Tensor)
-    lists = [_as_list(name, x, single) for name, x in (("weights", weights), ("u", u), ("v", v))]
-    for name, x in zip(("u", "v"), lists[1:], strict=True):
-        if len(x) != len(lists[0]):
-            raise ValueError(f"{name} must have one vector for each of the {len(lists[0])} weights, got {len(x)}")
+    weights, u, v = (_as_list(name, x, single) for name, x in (("weights", weights), ("u", u), ("v", v)))
+    for name, x in (("u", u), ("v", v)):
+        if len(x) != len(weights):
+            raise ValueError(f"{name} must have one vector for each of the {len(weights)} weights, got {len(x)}")
     _check.at_least("iterations", iterations, 0)
     if _check.finite("eps", eps) <= 0:
         raise ValueError(f"eps must be above 0, got {eps}")
-    for i, (weight, left, right) in enumerate(zip(*lists, strict=True)):
+    for i, (weight, left, right) in enumerate(zip(weights, u, v, strict=True)):
         index = "" if single else f"[{i}]"
         _check.tensor(f"weights{index}", weight, 2)
-        _check.same(f"weights{index}", weight, "weights[0]", lists[0][0], "device")
+        _check.same(f"weights{index}", weight, "weights[0]", weights[0], "device")
         for axis in range(2):
             _check.at_least(f"weights{index} axis {axis}", weight.shape[axis], 1)
         _check_vector(f"u{index}", left, f"weights{index}", weight, 0)
         _check_vector(f"v{index}", right, f"weights{index}", weight, 1)
-    chosen = _backend.choose(OP, backend, [*lists[0], *lists[1], *lists[2]])
-    return chosen, *lists
+    chosen = _backend.choose(OP, backend, [*weights, *u, *v])
+    return chosen, weights, u, v
 
 
 def _as_list(name: str, value: Any, single: bool) -> list[Tensor]:
@@ -136,7 +136,9 @@ def _split(uv: Tensor, shapes: Sequence[Sequence[int]]) -> list[tuple[Tensor, Te
     return list(zip(vectors[: len(shapes)], vectors[len(shapes) :], strict=True))
 
 
-def _fake_power_iteration(weights, u, v, iterations, eps, backend):
+def _fake_power_iteration(
+    weights: list[Tensor], u: list[Tensor], v: list[Tensor], iterations: int, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
     dtype = reference.compute_dtype([*weights, *u, *v])
     length = sum(vector.shape[0] for vector in itertools.chain(u, v))
     return weights[0].new_empty(len(weights), dtype=dtype), weights[0].new_empty(length, dtype=dtype)
@@ -164,25 +166,25 @@ _library.define(
 _library.define_native("spectral_normalize_native(Tensor[] weights, Tensor sigma) -> Tensor[]")
 
 
-def _save_singular_value(ctx, inputs, output):
+def _save_singular_value(ctx: Any, inputs: tuple, output: Any) -> None:
     weights, _, uv = inputs
     ctx.shapes = [weight.shape for weight in weights]
     ctx.dtypes = [weight.dtype for weight in weights]
     ctx.save_for_backward(uv)
 
 
-def _differentiate_singular_value(ctx, grad_sigma):
+def _differentiate_singular_value(ctx: Any, grad_sigma: Tensor) -> tuple:
     (uv,) = ctx.saved_tensors
     pairs = zip(grad_sigma.unbind(), _split(uv, ctx.shapes), ctx.dtypes, strict=True)
     return [torch.outer(grad * u, v).to(dtype) for grad, (u, v), dtype in pairs], None, None
 
 
-def _save_spectral_normalize(ctx, inputs, output):
+def _save_spectral_normalize(ctx: Any, inputs: tuple, output: Any) -> None:
     weights, sigma, uv, _ = inputs
     ctx.save_for_backward(*weights, *output, sigma, uv)
 
 
-def _differentiate_spectral_normalize(ctx, grad_outputs):
+def _differentiate_spectral_normalize(ctx: Any, grad_outputs: list[Tensor]) -> tuple:
     *tensors, sigma, uv = ctx.saved_tensors
     weights, outputs = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
     # Through singular_value, so that a second derivative sees how sigma depends on the weights.
