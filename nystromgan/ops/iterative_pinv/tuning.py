@@ -5,7 +5,7 @@ Config = dict[str, int]
 # The largest tile of the forward whose operands all stay on chip: above it registers spill (compiled, 3.6.0).
 CHIP_MOST = {80: 64, 90: 128, 100: 64}
 
-WARPS = {16: 2, 32: 4, 64: 8, 128: 8}  # by the side of the matrix's tile
+WARPS = {16: 2, 32: 4, 64: 8, 128: 8, 256: 8, 512: 8}  # by the side of the matrix's tile
 
 
 def on_chip(block: int) -> Config:

@@ -1,6 +1,5 @@
 """`nystrom_attention` in Triton: what each pass is launched with. The kernels are in the files beside this one."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,10 +9,20 @@ from torch import Tensor
 from nystromgan import _triton
 from nystromgan.ops.iterative_pinv import triton as pinv
 from nystromgan.ops.iterative_pinv import tuning as pinv_tuning
+from nystromgan.ops.nystrom_attention import triton_backward as backward
 from nystromgan.ops.nystrom_attention import triton_forward as forward
 from nystromgan.ops.nystrom_attention import tuning
-from nystromgan.ops.nystrom_attention.landmarks import Plan, cached_grid_index
-from nystromgan.ops.nystrom_attention.triton_pool import block_means, index_means, index_strides
+from nystromgan.ops.nystrom_attention.landmarks import Plan
+from nystromgan.ops.nystrom_attention.triton_cluster import cluster_landmarks
+from nystromgan.ops.nystrom_attention.triton_pool import (
+    block_means,
+    index_counts,
+    index_means,
+    index_strides,
+    layout_counts,
+)
+
+__all__ = ["cluster_landmarks", "nystrom_attention", "nystrom_attention_backward"]
 
 Outputs = tuple[Tensor, ...]
 
@@ -120,8 +129,14 @@ def nystrom_attention(
     """
     plan = _both_masks(
         Plan(
-            query_landmarks, key_landmarks, query_index, key_index, key_padding_mask,
-            query_landmark_mask, key_landmark_mask, exact_rows,
+            query_landmarks,
+            key_landmarks,
+            query_index,
+            key_index,
+            key_padding_mask,
+            query_landmark_mask,
+            key_landmark_mask,
+            exact_rows,
         )  # fmt: skip
     )
     sizes = Sizes.of(query, value, num_landmarks)
@@ -218,3 +233,245 @@ def _landmark_values(
         ROWS=rows, BLOCK_M=rows, BLOCK_E=block_e, num_warps=4, num_stages=2,
     )  # fmt: skip
     return context, mixed, logsumexp
+
+
+class Membership(NamedTuple):
+    """Which landmark each token is in the mean of, and how many share it; no index where the caller gave landmarks."""
+
+    index: Tensor | None
+    counts: Tensor | None
+
+    def arguments(self, absent: Tensor) -> tuple:
+        """The index and the counts with their strides, as `spread` takes them."""
+        if self.index is None or self.counts is None:
+            return absent, 0, 0, 0, absent, 0, 0
+        return self.index, *index_strides(self.index), self.counts, *index_strides(self.counts)[:2]
+
+
+def _memberships(plan: Plan, layout: tuple | None, num_landmarks: int) -> tuple[Membership, Membership]:
+    """Those of the queries and of the keys."""
+    if layout is not None:
+        grids = tuple(layout[0]), tuple(layout[1])
+        device = plan.query_index.device  # type: ignore[union-attr]
+        counts = [layout_counts(grid, tuple(layout[2]), device, num_landmarks) for grid in grids]
+        return Membership(plan.query_index, counts[0]), Membership(plan.key_index, counts[1])
+    query, key = (
+        Membership(index, None if index is None else index_counts(index, num_landmarks))
+        for index in (plan.query_index, plan.key_index)
+    )
+    return query, key
+
+
+def nystrom_attention_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_means: Tensor,
+    key_means: Tensor,
+    context: Tensor,
+    mixed: Tensor,
+    logsumexp: Tensor,
+    query_landmarks: Tensor | None,
+    key_landmarks: Tensor | None,
+    query_index: Tensor | None,
+    key_index: Tensor | None,
+    key_padding_mask: Tensor | None,
+    query_landmark_mask: Tensor | None,
+    key_landmark_mask: Tensor | None,
+    exact_rows: Tensor | None,
+    num_landmarks: int,
+    scale: float,
+    pinv_iterations: int,
+    global_init: bool,
+    layout: tuple | None = None,
+) -> Outputs:
+    """Gradients of query, key, value, and of the landmarks where the caller gave them; the others are empty."""
+    plan = _both_masks(
+        Plan(
+            query_landmarks,
+            key_landmarks,
+            query_index,
+            key_index,
+            key_padding_mask,
+            query_landmark_mask,
+            key_landmark_mask,
+            exact_rows,
+        )  # fmt: skip
+    )
+    sizes = Sizes.of(query, value, num_landmarks)
+    pass_ = Backward(
+        sizes, grad_output, query, key, value, query_means, key_means, context, mixed, logsumexp, plan,
+        scale, pinv_iterations, global_init,
+    )  # fmt: skip
+    with _triton.launch_on(query):
+        query_member, key_member = _memberships(plan, layout, num_landmarks)
+        stats = pass_.query_stats()
+        sums, core, iterates = pass_.query_sums(stats)
+        grad_context, delta, grad_query_means = pass_.core(sums, core, iterates)
+        grad_key, grad_value, grad_query_means = pass_.keys(sums, grad_context, delta, grad_query_means, key_member)
+        grad_query = pass_.query(stats, grad_query_means, query_member)
+    empty = query_means.new_empty(0)
+    width = num_landmarks * sizes.value_dim
+    grad_key_means = sums[:, width:].reshape(key_means.shape) if key_index is None else empty
+    return grad_query, grad_key, grad_value, grad_query_means if query_index is None else empty, grad_key_means
+
+
+class Backward(NamedTuple):
+    """One backward call: its tensors, and a method a pass."""
+
+    sizes: Sizes
+    grad_output: Tensor
+    query_: Tensor
+    key: Tensor
+    value: Tensor
+    query_means: Tensor
+    key_means: Tensor
+    context: Tensor
+    mixed: Tensor
+    logsumexp: Tensor
+    plan: Plan
+    scale: float
+    iterations: int
+    global_init: bool
+
+    @property
+    def has_absent(self) -> bool:
+        return self.plan.key_landmark_mask is not None
+
+    def most(self, narrow: int = 64) -> int:
+        """Landmarks of a tile at most: fewer where the head dims fill the registers."""
+        return 128 if self.sizes.widest <= narrow and self.sizes.dtype != torch.float32 else 64
+
+    def query_stats(self) -> tuple[Tensor, Tensor] | None:
+        """Row scales and deltas of F (B H, N), where landmarks take several tiles."""
+        sizes = self.sizes
+        if sizes.landmarks <= self.most():
+            return None
+        row_scale, delta = self.query_means.new_empty(2, sizes.rows, sizes.queries)
+        tiles = sizes.tiles("query_sums", self.most())
+        blocks = triton.cdiv(sizes.queries, int(tiles["BLOCK_N"]))
+        backward.query_stats_kernel[(sizes.rows * blocks,)](
+            self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(), self.key_means, self.mixed,
+            _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta,
+            sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
+            HAS_ABSENT=self.has_absent, **tiles,
+        )  # fmt: skip
+        return row_scale, delta
+
+    def query_sums(self, stats: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """dW and d K~ through F as rows (B H, M (E + D)), A, and its iterates with Z last."""
+        sizes, count = self.sizes, self.sizes.landmarks
+        options = _core_options(sizes, self.iterations, self.global_init, _triton.architecture(self.key), save=True)
+        core = self.query_means.new_empty(sizes.rows, count, count)
+        matrices = pinv.ITERATES * self.iterations + 1
+        iterates = self.query_means.new_empty(sizes.rows, matrices, count, count) if options["CORE"] else core
+        split = tuning.split_tokens(sizes.queries)
+        splits = triton.cdiv(sizes.queries, split)
+        width = count * (sizes.head_dim + sizes.value_dim)
+        parts = self.query_means.new_empty(sizes.rows, splits, width)
+        tiles = sizes.tiles("query_sums", self.most())
+        if options["CORE"]:
+            tiles["num_warps"] = max(int(tiles["num_warps"]), pinv_tuning.WARPS[int(options["BLOCK_C"])])  # type: ignore[call-overload]
+        m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
+        row_scale, delta = (parts, parts) if stats is None else stats
+        backward.query_sums_kernel[(sizes.rows * (splits * m_blocks + int(options["CORE"])),)](  # type: ignore[call-overload]
+            self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
+            self.query_means, self.key_means, self.mixed, *_landmark_masks(self.plan, parts).values(),
+            row_scale, delta, core, iterates, parts,
+            sizes.heads, sizes.queries, count, sizes.head_dim, sizes.value_dim, splits, m_blocks, self.scale,
+            HAS_ABSENT=self.has_absent, MANY=stats is not None, SPLIT=split, **options, **tiles,
+        )  # fmt: skip
+        if not options["CORE"]:
+            core = _core(sizes, self.query_means, self.key_means, self.plan, self.scale).view(core.shape)
+            iterates = pinv.iterative_pinv(core, self.iterations, self.global_init)[:, None]
+        return _reduced(parts), core, iterates
+
+    def core(self, sums: Tensor, core: Tensor, iterates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """d(G V), its row sums against G V, and d Q~ through A; d K~ is completed in `sums`."""
+        sizes, count = self.sizes, self.sizes.landmarks
+        fused = not self.global_init and count <= pinv.ON_CHIP
+        grad_context, grad_query_means = torch.empty_like(self.context), torch.empty_like(self.query_means)
+        delta = torch.empty_like(self.logsumexp)
+        work = core.new_empty(sizes.rows, 5, count, count)
+        grad_core = torch.empty_like(core)
+
+        def launch(grad_core: Tensor, **parts: bool) -> None:
+            block = _triton.tile(count)
+            backward.core_backward_kernel[(sizes.rows,)](
+                sums, self.context, core, iterates, iterates.stride(0), self.query_means, self.key_means,
+                _landmark_masks(self.plan, sums)["p_query_absent"], _as_bytes(self.plan.exact_rows, sums),
+                grad_context, delta, work, grad_core, grad_query_means,
+                sizes.heads, count, sizes.head_dim, sizes.value_dim, self.scale,
+                HAS_ABSENT=self.has_absent, HAS_EXACT=self.plan.exact_rows is not None, **parts,
+                ITERATIONS=self.iterations, BLOCK_C=block, **pinv_tuning.tiled(block),
+            )  # fmt: skip
+
+        if fused:
+            launch(grad_core, FIRST=True, PINV=True, LAST=True)
+        else:
+            launch(grad_core, FIRST=True, PINV=False, LAST=False)
+            grad_core = pinv.iterative_pinv_backward(work[:, 0], core, self.iterations, self.global_init)
+            launch(grad_core, FIRST=False, PINV=False, LAST=True)
+        return grad_context, delta, grad_query_means
+
+    def keys(
+        self, sums: Tensor, grad_context: Tensor, delta: Tensor, grad_query_means: Tensor, member: Membership
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dK, dV, and d Q~ complete."""
+        sizes, count, mask = self.sizes, self.sizes.landmarks, self.plan.key_padding_mask
+        grad_key = self.key.new_empty(self.key.shape)
+        grad_value = self.value.new_empty(self.value.shape)
+        split = tuning.split_tokens(sizes.keys)
+        splits = triton.cdiv(sizes.keys, split)
+        parts = grad_context.new_empty(sizes.rows, splits, count * sizes.head_dim)
+        tiles = sizes.tiles("keys", self.most())
+        m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
+        lift = (sizes.keys.bit_length() - 1) // 2 if sizes.dtype == torch.float16 else 0
+
+        def launch(blocks: int, **parts_of: bool) -> None:
+            backward.keys_kernel[(sizes.rows * splits * blocks,)](
+                self.key, *self.key.stride(), self.value, *self.value.stride(),
+                _as_bytes(mask, parts), *((0, 0) if mask is None else (mask.shape[1], 1)),
+                self.query_means, grad_context, self.logsumexp, delta, sums, *member.arguments(parts),
+                _as_bytes(self.plan.exact_rows, parts), grad_key, grad_value, parts,
+                sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks, self.scale, float(lift),
+                HAS_MASK=mask is not None, HAS_INDEX=member.index is not None,
+                HAS_EXACT=self.plan.exact_rows is not None, SPLIT=split, **parts_of, **tiles,
+            )  # fmt: skip
+
+        if m_blocks == 1:
+            launch(1, WRITE=True, SUM=True)
+        else:
+            launch(1, WRITE=True, SUM=False)
+            launch(m_blocks, WRITE=False, SUM=True)
+        total = _reduced(parts, grad_query_means.view(sizes.rows, -1))
+        return grad_key, grad_value, total.view(grad_query_means.shape)
+
+    def query(self, stats: tuple[Tensor, Tensor] | None, grad_query_means: Tensor, member: Membership) -> Tensor:
+        sizes = self.sizes
+        grad_query = self.query_.new_empty(self.query_.shape)
+        tiles = sizes.tiles("query", self.most())
+        steps = tuning.steps(sizes.queries)
+        blocks = triton.cdiv(sizes.queries, steps * int(tiles["BLOCK_N"]))
+        row_scale, delta = (grad_query_means, grad_query_means) if stats is None else stats
+        backward.query_kernel[(sizes.rows * blocks,)](
+            self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(), self.key_means, self.mixed,
+            _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta, grad_query_means,
+            *member.arguments(grad_query_means), grad_query,
+            sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
+            HAS_ABSENT=self.has_absent, HAS_INDEX=member.index is not None, MANY=stats is not None, STEPS=steps, **tiles,
+        )  # fmt: skip
+        return grad_query
+
+
+def _reduced(parts: Tensor, base: Tensor | None = None) -> Tensor:
+    """base + the sum over the splits of parts (B H, splits, size), in their order."""
+    rows, splits, size = parts.shape
+    total = parts.new_empty(rows, size)
+    blocks = triton.cdiv(size, 512)
+    backward.reduce_kernel[(rows * blocks,)](
+        parts, parts if base is None else base, total, size, splits, blocks,
+        HAS_BASE=base is not None, BLOCK=512, num_warps=4,
+    )  # fmt: skip
+    return total

@@ -84,7 +84,7 @@ def index_sum_kernel(
         inside = (b_index >= 0)[:, None] & (o_d[None, :] < D)
         b = tl.load(p_tokens + o_n[:, None] * s_n + o_d[None, :].to(tl.int64) * s_d, mask=inside, other=0.0)
         member = o_m[:, None] == b_index[None, :]  # (BLOCK_M, BLOCK_N)
-        b_sum = dot(member.to(b.dtype), b, b_sum, PRECISION)
+        b_sum = dot(member.to(tl.float32).to(b.dtype), b, b_sum, PRECISION)
         b_count += tl.sum(member.to(tl.float32), 1)
     row = (i_bh * splits + i_split).to(tl.int64) * M + o_m
     tl.store(p_sums + row[:, None] * D + o_d[None, :], b_sum, mask=(o_m[:, None] < M) & (o_d[None, :] < D))
@@ -166,11 +166,18 @@ def index_means(tokens: Tensor, index: Tensor, num_landmarks: int, fallback: Ten
         BLOCK_N=tuning.tokens_of("index_sum", tokens.dtype, block_d), PRECISION=_triton.precision(tokens.dtype),
         num_warps=4, num_stages=2,
     )  # fmt: skip
-    means = tokens.new_empty(batch, heads, num_landmarks, dim, dtype=torch.float32)
-    rows = max(16, min(block_m, 2048 // block_d))
+    return means_of_sums(sums, totals, (batch, heads, num_landmarks, dim), fallback)
+
+
+def means_of_sums(sums: Tensor, totals: Tensor, shape: tuple[int, ...] | torch.Size, fallback: Tensor | None) -> Tensor:
+    """Means of `shape` (B, H, M, D) from the sums (B H, splits, M, D) and counts (B H, splits, M) of the splits."""
+    batch, heads, num_landmarks, dim = shape
+    means = sums.new_empty(shape)
+    block_d = _triton.tile(dim)
+    rows = max(16, min(_triton.tile(num_landmarks), 2048 // block_d))
     row_blocks = triton.cdiv(num_landmarks, rows)
     mean_kernel[(batch * heads * row_blocks,)](
-        sums, totals, means if fallback is None else fallback, means, num_landmarks, dim, splits, row_blocks,
+        sums, totals, means if fallback is None else fallback, means, num_landmarks, dim, sums.shape[1], row_blocks,
         FALLBACK=fallback is not None, BLOCK_M=rows, BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
     return means

@@ -1,0 +1,409 @@
+"""The backward passes of `nystrom_attention` in Triton.
+
+Letters as in `triton_forward`. F and G are computed again from landmarks, and nothing N x M is stored:
+
+    query_sums   dW = F^T dO and d K~ through F, over splits of the queries; beside it A and its iterates
+    core         d(G V) = Z^T dW, dZ = dW (G V)^T, back through every iterate and A's softmax
+    keys         dK and dV through G, and d Q~ over splits of the keys
+    query        dQ through F
+
+A landmark's own gradient reaches the tokens it is the mean of in the last two.
+"""
+
+import triton
+import triton.language as tl
+
+from nystromgan._triton import dot
+from nystromgan.ops.iterative_pinv.triton import backward_steps, start_gradient
+from nystromgan.ops.nystrom_attention.triton_forward import (
+    LOG2E,
+    absent,
+    core_inverse,
+    load_landmarks,
+    load_tokens,
+)
+
+
+@triton.jit
+def query_logits(b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale,
+                 HAS_ABSENT: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """s Q K~^T to base 2, minus infinity where there is no landmark; and K~ (M, D) as the product took it."""
+    b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(b_query.dtype)
+    logits = dot(b_query, tl.trans(b_key), tl.zeros((b_query.shape[0], o_m.shape[0]), tl.float32), PRECISION)
+    missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
+    return tl.where(missing[None, :], float("-inf"), logits * (scale * LOG2E)), b_key
+
+
+@triton.jit
+def row_scale(logits):
+    """The base-2 logarithm of each row's sum of powers, infinite for an empty row."""
+    largest = tl.max(logits, 1)
+    empty = largest == float("-inf")
+    total = tl.sum(tl.exp2(logits - tl.where(empty, 0.0, largest)[:, None]), 1)
+    return tl.where(empty, float("inf"), largest + tl.log2(tl.where(empty, 1.0, total)))
+
+
+@triton.jit
+def query_stats_kernel(
+    p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
+    p_row_scale, p_delta, H, N, M, D, E, blocks, scale,
+    HAS_ABSENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For M in several blocks: each query's logarithm of F's row sum, and delta = F . dF."""
+    i_bh = tl.program_id(0) // blocks
+    o_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    b_query = load_tokens(p_query + i_b * s_qb + i_h * s_qh, s_qn, s_qd, o_n, o_n < N, D, BLOCK_D)  # (BLOCK_N, D)
+    b_grad = load_tokens(p_grad + i_b * s_gb + i_h * s_gh, s_gn, s_gd, o_n, o_n < N, E, BLOCK_E)  # (BLOCK_N, E)
+    largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    delta = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        logits, _ = query_logits(
+            b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale, HAS_ABSENT, BLOCK_D, PRECISION
+        )
+        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(b_grad.dtype)
+        grad_f = dot(b_grad, tl.trans(b_mixed), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        larger = tl.maximum(largest, tl.max(logits, 1))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp2(logits - shift[:, None])
+        decay = tl.exp2(largest - shift)
+        total = total * decay + tl.sum(weights, 1)
+        delta = delta * decay + tl.sum(weights * grad_f, 1)
+        largest = larger
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    row = i_bh.to(tl.int64) * N + o_n
+    tl.store(p_row_scale + row, tl.where(empty, float("inf"), largest + tl.log2(total)), mask=o_n < N)
+    tl.store(p_delta + row, delta / total, mask=o_n < N)
+
+
+@triton.jit
+def query_sums_kernel(
+    p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_query_means, p_key_means, p_mixed,
+    p_query_absent, p_key_absent, p_row_scale, p_delta, p_core, p_iterates, p_sums,
+    H, N, M, D, E, splits, m_blocks, scale,
+    HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, ITERATIONS: tl.constexpr, CHIP: tl.constexpr,
+    BLOCK_C: tl.constexpr, CORE_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+    MANY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW (M, E) and then d K~ (M, D) of BLOCK_M landmarks over one split of the queries."""
+    per_head = splits * m_blocks + CORE
+    i_bh = tl.program_id(0) // per_head
+    i = tl.program_id(0) % per_head - CORE
+    if i < 0:
+        core_inverse(
+            p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates, i_bh, H, M, D, scale,
+            HAS_ABSENT, ITERATIONS, CHIP, BLOCK_C, CORE_D, TILE, TILE_K,
+        )  # fmt: skip
+    else:
+        i_split = i // m_blocks
+        o_m = (i % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+        i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+        p_query += i_b * s_qb + i_h * s_qh
+        p_grad += i_b * s_gb + i_h * s_gh
+        dtype: tl.constexpr = p_query.dtype.element_ty
+        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+        b_grad_mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+        b_grad_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in tl.range(0, SPLIT, BLOCK_N):
+            o_n = i_split * SPLIT + start + tl.arange(0, BLOCK_N)
+            b_query = load_tokens(p_query, s_qn, s_qd, o_n, o_n < N, D, BLOCK_D)  # (BLOCK_N, D)
+            b_grad = load_tokens(p_grad, s_gn, s_gd, o_n, o_n < N, E, BLOCK_E)  # (BLOCK_N, E)
+            logits, _ = query_logits(
+                b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale, HAS_ABSENT, BLOCK_D, PRECISION
+            )
+            grad_f = dot(b_grad, tl.trans(b_mixed), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            if MANY:
+                row = i_bh.to(tl.int64) * N + o_n
+                weights = tl.exp2(logits - tl.load(p_row_scale + row, mask=o_n < N, other=float("inf"))[:, None])
+                delta = tl.load(p_delta + row, mask=o_n < N, other=0.0)
+            else:
+                weights = tl.exp2(logits - row_scale(logits)[:, None])  # (BLOCK_N, M)
+                delta = tl.sum(weights * grad_f, 1)
+            b_grad_mixed = dot(tl.trans(weights.to(dtype)), b_grad, b_grad_mixed, PRECISION)
+            grad_logits = weights * (grad_f - delta[:, None])
+            b_grad_key = dot(tl.trans(grad_logits.to(dtype)), b_query, b_grad_key, PRECISION)
+        o_d, o_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+        p_sums += (i_bh * splits + i_split).to(tl.int64) * M * (D + E)
+        inside = o_m[:, None] < M
+        tl.store(p_sums + o_m[:, None] * E + o_e[None, :], b_grad_mixed, mask=inside & (o_e[None, :] < E))
+        p_sums += M * E
+        tl.store(p_sums + o_m[:, None] * D + o_d[None, :], b_grad_key * scale, mask=inside & (o_d[None, :] < D))
+
+
+@triton.jit
+def reduce_kernel(p_parts, p_base, p_out, size, splits, blocks, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr):
+    """out = base + the sum of the splits' parts, in their order."""
+    i_bh = (tl.program_id(0) // blocks).to(tl.int64)
+    o = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BASE:
+        b_sum += tl.load(p_base + i_bh * size + o, mask=o < size, other=0.0)
+    for i in range(0, splits):
+        b_sum += tl.load(p_parts + (i_bh * splits + i) * size + o, mask=o < size, other=0.0)
+    tl.store(p_out + i_bh * size + o, b_sum, mask=o < size)
+
+
+@triton.jit
+def panel_product(
+    p_a, a_r, a_c, p_b, b_r, b_c, o_r, o_c, rows, columns, depth,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The tile of A B at rows o_r and columns o_c, float32, where A is (rows, depth) and B (depth, columns)."""
+    acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for start in tl.range(0, depth, BLOCK_K, num_stages=1):
+        k = start + tl.arange(0, BLOCK_K)
+        a = tl.load(
+            p_a + o_r[:, None] * a_r + k[None, :] * a_c, mask=(o_r[:, None] < rows) & (k[None, :] < depth), other=0.0
+        )  # (BLOCK_R, BLOCK_K)
+        b = tl.load(
+            p_b + k[:, None] * b_r + o_c[None, :] * b_c, mask=(k[:, None] < depth) & (o_c[None, :] < columns), other=0.0
+        )  # (BLOCK_K, BLOCK_C)
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    return acc
+
+
+@triton.jit
+def _value_gradients(
+    p_grad_mixed, p_context, p_pinv, p_query_absent, p_exact, p_grad_context, p_delta, p_grad_pinv, i_b, M, E,
+    HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """d(G V) = Z^T dW, its row sums against G V, and dZ = dW (G V)^T; zeros in an exact row, whose W is not Z G V."""
+    keep = 1.0
+    if HAS_EXACT:
+        keep = tl.where(tl.load(p_exact + i_b) != 0, 0.0, 1.0)
+    for row in tl.range(0, M, TILE, num_stages=1):
+        o_r = row + tl.arange(0, TILE)
+        b_keep = tl.where(absent(p_query_absent, i_b, o_r, M, HAS_ABSENT), 0.0, keep)
+        b_delta = tl.zeros((TILE,), tl.float32)
+        for column in tl.range(0, E, TILE, num_stages=1):
+            o_c = column + tl.arange(0, TILE)
+            b_grad = panel_product(p_pinv, 1, M, p_grad_mixed, E, 1, o_r, o_c, M, E, M, TILE, TILE, TILE_K)
+            b_grad *= b_keep[:, None]
+            inside = (o_r[:, None] < M) & (o_c[None, :] < E)
+            offsets = o_r[:, None] * E + o_c[None, :]
+            tl.store(p_grad_context + offsets, b_grad, mask=inside)
+            b_delta += tl.sum(b_grad * tl.load(p_context + offsets, mask=inside, other=0.0), 1)
+        tl.store(p_delta + o_r, b_delta, mask=o_r < M)
+        for column in tl.range(0, M, TILE, num_stages=1):
+            o_c = column + tl.arange(0, TILE)
+            b_grad = panel_product(p_grad_mixed, E, 1, p_context, 1, E, o_r, o_c, M, M, E, TILE, TILE, TILE_K)
+            inside = (o_r[:, None] < M) & (o_c[None, :] < M)
+            tl.store(p_grad_pinv + o_r[:, None] * M + o_c[None, :], b_grad * keep, mask=inside)
+
+
+@triton.jit
+def _landmark_gradients(
+    p_core, p_grad_core, p_query_means, p_key_means, p_grad_query_means, p_grad_key_means, M, D, scale,
+    BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Through A's softmax: d Q~ of A alone, and d K~ added to what came through F. Overwrites dA."""
+    o_c = tl.arange(0, BLOCK_C)
+    for row in tl.range(0, M, 16, num_stages=1):
+        o_r = row + tl.arange(0, 16)
+        inside = (o_r[:, None] < M) & (o_c[None, :] < M)
+        offsets = o_r[:, None] * M + o_c[None, :]
+        b_core = tl.load(p_core + offsets, mask=inside, other=0.0)  # (16, M)
+        b_grad = tl.load(p_grad_core + offsets, mask=inside, other=0.0)
+        b_grad = b_core * (b_grad - tl.sum(b_core * b_grad, 1)[:, None]) * scale
+        tl.store(p_grad_core + offsets, b_grad, mask=inside)
+    tl.debug_barrier()
+    for row in tl.range(0, M, TILE, num_stages=1):
+        o_r = row + tl.arange(0, TILE)
+        for column in tl.range(0, D, TILE, num_stages=1):
+            o_d = column + tl.arange(0, TILE)
+            inside = (o_r[:, None] < M) & (o_d[None, :] < D)
+            offsets = o_r[:, None] * D + o_d[None, :]
+            b_grad = panel_product(p_grad_core, M, 1, p_key_means, D, 1, o_r, o_d, M, D, M, TILE, TILE, TILE_K)
+            tl.store(p_grad_query_means + offsets, b_grad, mask=inside)
+            b_grad = panel_product(p_grad_core, 1, M, p_query_means, D, 1, o_r, o_d, M, D, M, TILE, TILE, TILE_K)
+            b_grad += tl.load(p_grad_key_means + offsets, mask=inside, other=0.0)
+            tl.store(p_grad_key_means + offsets, b_grad, mask=inside)
+
+
+@triton.jit
+def core_backward_kernel(
+    p_sums, p_context, p_core, p_iterates, s_iterates, p_query_means, p_key_means, p_query_absent, p_exact,
+    p_grad_context, p_delta, p_work, p_grad_core, p_grad_query_means, H, M, D, E, scale,
+    HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, FIRST: tl.constexpr, PINV: tl.constexpr, LAST: tl.constexpr,
+    ITERATIONS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """From dW and G V to the landmarks, one program a head; FIRST, PINV and LAST are its three parts.
+
+    p_sums holds dW and d K~, and gets d K~ complete; p_iterates ends with Z; dZ is the first matrix of p_work.
+    """
+    i_bh = tl.program_id(0).to(tl.int64)
+    p_sums += i_bh * M * (D + E)
+    p_iterates += i_bh * s_iterates
+    p_work += i_bh * 5 * M * M
+    p_core += i_bh * M * M
+    p_grad_core += i_bh * M * M
+    if FIRST:
+        _value_gradients(
+            p_sums, p_context + i_bh * M * E, p_iterates + s_iterates - M * M, p_query_absent, p_exact,
+            p_grad_context + i_bh * M * E, p_delta + i_bh * M, p_work, i_bh // H, M, E,
+            HAS_ABSENT, HAS_EXACT, TILE, TILE_K,
+        )  # fmt: skip
+    if PINV:
+        tl.debug_barrier()
+        backward_steps(p_core, M, 1, p_iterates, p_work, p_grad_core, M, ITERATIONS, TILE, TILE_K, BLOCK_C // TILE)
+        start_gradient(p_core, M, 1, p_work, p_grad_core, M, BLOCK_C)
+        tl.debug_barrier()
+    if LAST:
+        _landmark_gradients(
+            p_core, p_grad_core, p_query_means + i_bh * M * D, p_key_means + i_bh * M * D,
+            p_grad_query_means + i_bh * M * D, p_sums + M * E, M, D, scale, BLOCK_C, TILE, TILE_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def spread(p_grad_means, s_means, p_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch, i_bh, H, o_n, valid, M, D,
+           BLOCK_D: tl.constexpr):  # fmt: skip
+    """What each token of o_n gets of the gradient of the landmark that it is in the mean of."""
+    o_d = tl.arange(0, BLOCK_D)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    b_index = tl.load(p_index + i_b * s_ib + i_h * s_ih + o_n.to(tl.int64) * s_in, mask=valid, other=-1)
+    member = b_index >= 0
+    b_count = tl.load(p_counts + i_b * s_cb + i_h * s_ch + b_index, mask=member, other=1.0)
+    p_grad_means += i_bh.to(tl.int64) * s_means
+    b_grad = tl.load(
+        p_grad_means + b_index[:, None] * D + o_d[None, :], mask=member[:, None] & (o_d[None, :] < D), other=0.0
+    )
+    return b_grad / b_count[:, None]
+
+
+@triton.jit
+def keys_kernel(
+    p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
+    p_query_means, p_grad_context, p_lse, p_delta, p_sums, p_key_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch, p_exact,
+    p_grad_key, p_grad_value, p_parts, H, S, M, D, E, splits, m_blocks, scale, lift,
+    HAS_MASK: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_EXACT: tl.constexpr,
+    WRITE: tl.constexpr, SUM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """With WRITE dK and dV of one split of the keys, over all landmarks; with SUM d Q~ of BLOCK_M landmarks over it.
+
+    G is multiplied by 2^lift: among many keys its entries are below what float16 holds.
+    """
+    i_bh = tl.program_id(0) // (splits * m_blocks)
+    i_split = (tl.program_id(0) // m_blocks) % splits
+    i_m = (tl.program_id(0) % m_blocks) * BLOCK_M
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    p_key += i_b * s_kb + i_h * s_kh
+    p_value += i_b * s_vb + i_h * s_vh
+    dtype: tl.constexpr = p_key.dtype.element_ty
+    o_d, o_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    drop = tl.exp2(-lift)
+    p_sums += i_bh.to(tl.int64) * M * (D + E)
+    b_grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in tl.range(0, SPLIT, BLOCK_N):
+        o_n = i_split * SPLIT + start + tl.arange(0, BLOCK_N)
+        inside = o_n < S
+        valid = inside
+        if HAS_MASK:
+            valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
+        b_key = load_tokens(p_key, s_kn, s_kd, o_n, valid, D, BLOCK_D)  # (BLOCK_N, D)
+        b_value = load_tokens(p_value, s_vn, s_vd, o_n, valid, E, BLOCK_E)  # (BLOCK_N, E)
+        b_grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        b_grad_value = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        last = i_m + BLOCK_M if SUM else M
+        for first in tl.range(i_m, last, BLOCK_M, num_stages=1):
+            o_m = first + tl.arange(0, BLOCK_M)
+            b_query = load_landmarks(p_query_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
+            b_context = load_landmarks(p_grad_context, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+            row = i_bh.to(tl.int64) * M + o_m
+            lse = tl.load(p_lse + row, mask=o_m < M, other=float("inf")) * LOG2E - lift
+            delta = tl.load(p_delta + row, mask=o_m < M, other=0.0)
+            logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            weights = tl.where(valid[None, :], tl.exp2(logits * (scale * LOG2E) - lse[:, None]), 0.0)  # (M, BLOCK_N)
+            grad_g = dot(b_context, tl.trans(b_value), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            grad_logits = (weights * (grad_g - delta[:, None]) * scale).to(dtype)
+            if WRITE:
+                b_grad_value = dot(tl.trans(weights.to(dtype)), b_context, b_grad_value, PRECISION)
+                b_grad_key = dot(tl.trans(grad_logits), b_query, b_grad_key, PRECISION)
+            if SUM:
+                b_grad_query = dot(grad_logits, b_key, b_grad_query, PRECISION)
+        if WRITE:
+            b_grad_key *= drop
+            b_grad_value *= drop
+            if HAS_INDEX:
+                b_grad_key += spread(
+                    p_sums + M * E, 0, p_key_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
+                    i_bh, H, o_n, valid, M, D, BLOCK_D,
+                )  # fmt: skip
+            if HAS_EXACT:
+                if tl.load(p_exact + i_b) != 0:
+                    b_grad_value += spread(
+                        p_sums, 0, p_key_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
+                        i_bh, H, o_n, valid, M, E, BLOCK_E,
+                    )  # fmt: skip
+            row = i_bh.to(tl.int64) * S + o_n
+            tl.store(
+                p_grad_key + row[:, None] * D + o_d[None, :], b_grad_key.to(dtype),
+                mask=inside[:, None] & (o_d[None, :] < D),
+            )  # fmt: skip
+            tl.store(
+                p_grad_value + row[:, None] * E + o_e[None, :], b_grad_value.to(dtype),
+                mask=inside[:, None] & (o_e[None, :] < E),
+            )  # fmt: skip
+    if SUM:
+        o_m = i_m + tl.arange(0, BLOCK_M)
+        p_parts += (i_bh * splits + i_split).to(tl.int64) * M * D
+        tl.store(
+            p_parts + o_m[:, None] * D + o_d[None, :], b_grad_query * drop,
+            mask=(o_m[:, None] < M) & (o_d[None, :] < D),
+        )  # fmt: skip
+
+
+@triton.jit
+def query_kernel(
+    p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
+    p_row_scale, p_delta, p_grad_query_means, p_query_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
+    p_grad_query, H, N, M, D, E, blocks, scale,
+    HAS_ABSENT: tl.constexpr, HAS_INDEX: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ through F, and what the queries get of d Q~."""
+    i_bh = tl.program_id(0) // blocks
+    begin = (tl.program_id(0) % blocks) * (STEPS * BLOCK_N)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    p_query += i_b * s_qb + i_h * s_qh
+    p_grad += i_b * s_gb + i_h * s_gh
+    dtype: tl.constexpr = p_query.dtype.element_ty
+    o_d = tl.arange(0, BLOCK_D)
+    for step in tl.range(0, STEPS):
+        o_n = begin + step * BLOCK_N + tl.arange(0, BLOCK_N)
+        b_query = load_tokens(p_query, s_qn, s_qd, o_n, o_n < N, D, BLOCK_D)  # (BLOCK_N, D)
+        b_grad = load_tokens(p_grad, s_gn, s_gd, o_n, o_n < N, E, BLOCK_E)  # (BLOCK_N, E)
+        row = i_bh.to(tl.int64) * N + o_n
+        b_grad_query = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for start in tl.range(0, M if MANY else BLOCK_M, BLOCK_M, num_stages=1):
+            o_m = start + tl.arange(0, BLOCK_M)
+            logits, b_key = query_logits(
+                b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale, HAS_ABSENT, BLOCK_D, PRECISION
+            )
+            b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+            grad_f = dot(b_grad, tl.trans(b_mixed), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            if MANY:
+                weights = tl.exp2(logits - tl.load(p_row_scale + row, mask=o_n < N, other=float("inf"))[:, None])
+                delta = tl.load(p_delta + row, mask=o_n < N, other=0.0)
+            else:
+                weights = tl.exp2(logits - row_scale(logits)[:, None])  # (BLOCK_N, M)
+                delta = tl.sum(weights * grad_f, 1)
+            grad_logits = weights * (grad_f - delta[:, None])
+            b_grad_query = dot(grad_logits.to(dtype), b_key, b_grad_query, PRECISION)
+        b_grad_query *= scale
+        if HAS_INDEX:
+            b_grad_query += spread(
+                p_grad_query_means, M * D, p_query_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
+                i_bh, H, o_n, o_n < N, M, D, BLOCK_D,
+            )  # fmt: skip
+        tl.store(
+            p_grad_query + row[:, None] * D + o_d[None, :], b_grad_query.to(dtype),
+            mask=(o_n[:, None] < N) & (o_d[None, :] < D),
+        )  # fmt: skip

@@ -1,0 +1,111 @@
+"""`cluster_landmarks` in Triton: a Lloyd step assigns and adds up in one pass over the tokens."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nystromgan import _triton
+from nystromgan._triton import dot
+from nystromgan.ops.nystrom_attention import tuning
+from nystromgan.ops.nystrom_attention.triton_forward import absent, load_landmarks, load_tokens
+from nystromgan.ops.nystrom_attention.triton_pool import index_means, index_strides, means_of_sums
+
+FUSED_MOST = 128  # landmarks whose sums one program holds
+
+
+@triton.jit
+def lloyd_kernel(
+    p_tokens, s_b, s_h, s_n, s_d, p_start, s_ib, s_ih, s_in, p_landmarks, p_absent, p_frozen,
+    p_index, p_sums, p_counts, H, N, M, D, splits,
+    HAS_ABSENT: tl.constexpr, HAS_FROZEN: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gives each token of one split the landmark with the largest x . m - |m|^2 / 2, the first of equals.
+
+    With ADD, where one tile holds all landmarks, adds the tokens up by landmark too. Scores are float32 whatever the
+    tokens' dtype: rounding must not move a token that lies between two landmarks.
+    """
+    i_bh = tl.program_id(0) // splits
+    i_split = tl.program_id(0) % splits
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    p_tokens += i_b * s_b + i_h * s_h
+    p_start += i_b * s_ib + i_h * s_ih
+    o_d = tl.arange(0, BLOCK_D)
+    b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    b_count = tl.zeros((BLOCK_M,), tl.float32)
+    for begin in tl.range(0, SPLIT, BLOCK_N):
+        o_n = i_split * SPLIT + begin + tl.arange(0, BLOCK_N)
+        start = tl.load(p_start + o_n.to(tl.int64) * s_in, mask=o_n < N, other=-1)
+        b_token = load_tokens(p_tokens, s_n, s_d, o_n, start >= 0, D, BLOCK_D)  # (BLOCK_N, D)
+        best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        b_index = tl.zeros((BLOCK_N,), tl.int32)
+        for first in tl.range(0, BLOCK_M if ADD else M, BLOCK_M, num_stages=1):
+            o_m = first + tl.arange(0, BLOCK_M)
+            b_landmark = load_landmarks(p_landmarks, i_bh, o_m, M, D, BLOCK_D)  # (M, D)
+            score = tl.dot(b_token.to(tl.float32), tl.trans(b_landmark), input_precision="tf32x3")  # (BLOCK_N, M)
+            score -= 0.5 * tl.sum(b_landmark * b_landmark, 1)[None, :]
+            score = tl.where(absent(p_absent, i_bh // H, o_m, M, HAS_ABSENT)[None, :], float("-inf"), score)
+            largest = tl.max(score, 1)
+            place = tl.min(tl.where(score == largest[:, None], o_m[None, :], M), 1)
+            b_index = tl.where(largest > best, place, b_index)
+            best = tl.maximum(best, largest)
+        b_index = tl.where(start >= 0, b_index, start)
+        if HAS_FROZEN:
+            b_index = tl.where(tl.load(p_frozen + i_b) != 0, start, b_index)
+        tl.store(p_index + i_bh.to(tl.int64) * N + o_n, b_index, mask=o_n < N)
+        if ADD:
+            member = tl.arange(0, BLOCK_M)[:, None] == b_index[None, :]  # (M, BLOCK_N)
+            b_sum = dot(member.to(tl.float32).to(b_token.dtype), b_token, b_sum, PRECISION)
+            b_count += tl.sum(member.to(tl.float32), 1)
+    if ADD:
+        o_m = tl.arange(0, BLOCK_M)
+        row = (i_bh * splits + i_split).to(tl.int64) * M + o_m
+        tl.store(p_sums + row[:, None] * D + o_d[None, :], b_sum, mask=(o_m[:, None] < M) & (o_d[None, :] < D))
+        tl.store(p_counts + row, b_count, mask=o_m < M)
+
+
+def _lloyd_step(
+    tokens: Tensor, start: Tensor, landmarks: Tensor, absent: Tensor | None, frozen: Tensor | None, index: Tensor
+) -> Tensor:
+    """The landmarks after one step; writes the assignment to `index`."""
+    batch, heads, count, dim = tokens.shape
+    num_landmarks = landmarks.shape[2]
+    fused = num_landmarks <= FUSED_MOST
+    split = tuning.split_tokens(count)
+    splits = triton.cdiv(count, split)
+    sums = landmarks.new_empty(batch * heads, splits, num_landmarks, dim if fused else 0)
+    totals = landmarks.new_empty(batch * heads, splits, num_landmarks)
+    block_m, block_d = _triton.tile(num_landmarks, FUSED_MOST if fused else 64), _triton.tile(dim)
+    lloyd_kernel[(batch * heads * splits,)](
+        tokens, *tokens.stride(), start, *index_strides(start), landmarks,
+        index if absent is None else absent.contiguous().view(torch.uint8),
+        index if frozen is None else frozen.contiguous().view(torch.uint8),
+        index, sums, totals, heads, count, num_landmarks, dim, splits,
+        HAS_ABSENT=absent is not None, HAS_FROZEN=frozen is not None, ADD=fused, SPLIT=split,
+        BLOCK_M=block_m, BLOCK_N=tuning.tokens_of("lloyd", tokens.dtype, block_d), BLOCK_D=block_d,
+        PRECISION=_triton.precision(tokens.dtype), **tuning.launch("lloyd", tokens.dtype, block_m, block_d),
+    )  # fmt: skip
+    if fused:
+        return means_of_sums(sums, totals, landmarks.shape, landmarks)
+    return index_means(tokens, index, num_landmarks, landmarks)
+
+
+def cluster_landmarks(
+    tokens: Tensor,
+    index: Tensor,
+    landmark_mask: Tensor | None,
+    frozen_rows: Tensor | None,
+    num_landmarks: int,
+    iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """(landmarks (B, H, M, D) float32, index (B, H, N) int32) after Lloyd steps from the means over `index`."""
+    shape = tokens.shape[:3]
+    with _triton.launch_on(tokens):
+        landmarks = index_means(tokens, index, num_landmarks)
+        if iterations == 0:
+            return landmarks, index.expand(shape).contiguous()
+        assigned = torch.empty(shape, dtype=torch.int32, device=tokens.device)
+        for _ in range(iterations):
+            landmarks = _lloyd_step(tokens, index, landmarks, landmark_mask, frozen_rows, assigned)
+    return landmarks, assigned
