@@ -16,10 +16,10 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # The backends that implement each op, in the order in which `auto` tries them: the measured winner first.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "nystrom_attention": ("cpu", "reference"),
-    "spatiotemporal_attention": ("cpu", "reference"),
-    "iterative_pinv": ("cpu", "reference"),
-    "power_iteration": ("cpu", "reference"),
+    "nystrom_attention": ("cpu", "triton", "reference"),
+    "spatiotemporal_attention": ("cpu", "triton", "reference"),
+    "iterative_pinv": ("cpu", "triton", "reference"),
+    "power_iteration": ("cpu", "triton", "reference"),
 }
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

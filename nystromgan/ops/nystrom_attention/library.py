@@ -40,19 +40,28 @@ def _resolved(plan: Plan, query_grid: list[int], key_grid: list[int], landmark_g
     return plan
 
 
+def _block_layout(backend: str, plan: Plan, *grids: list[int]) -> dict[str, tuple[list[int], ...]]:
+    """The layout for triton, which pools blocks of up to three axes without an index; the others go by the index."""
+    pooled = plan.query_landmarks is None and plan.query_index is None and plan.key_index is None
+    return {"layout": grids} if backend == "triton" and pooled and len(grids[0]) <= 3 else {}
+
+
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     *options, backend = rest
-    plan = _resolved(Plan(*options[:NUM_PLAN]), *options[NUM_PLAN : NUM_PLAN + 3], query.device)
+    plan, grids = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3]
+    layout = _block_layout(backend, plan, *grids)
     run = _library.kernel(OP, OP, backend)
-    return run(query, key, value, *plan, *options[NUM_PLAN + 3 :])
+    return run(query, key, value, *_resolved(plan, *grids, query.device), *options[NUM_PLAN + 3 :], **layout)
 
 
 def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     *options, backend = rest
     saved, options = options[:5], options[5:]
-    plan = _resolved(Plan(*options[:NUM_PLAN]), *options[NUM_PLAN : NUM_PLAN + 3], query.device)
+    plan, grids = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3]
+    layout = _block_layout(backend, plan, *grids)
+    plan = _resolved(plan, *grids, query.device)
     run = _library.kernel(OP, f"{OP}_backward", backend)
-    return run(grad_output, query, key, value, *saved, *plan, *options[NUM_PLAN + 3 :])
+    return run(grad_output, query, key, value, *saved, *plan, *options[NUM_PLAN + 3 :], **layout)
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:

@@ -20,6 +20,10 @@ from nystromgan.ops.spatiotemporal_attention.op import attention
 
 OP = "nystrom_attention"
 
+# The largest sizes whose tiles the triton kernels hold.
+TRITON_HEAD_DIM = 256
+TRITON_LANDMARKS = 512
+
 
 def nystrom_attention(
     query: Tensor,
@@ -93,7 +97,12 @@ def nystrom_attention(
     if query_padding_mask is None and query.shape[2] == key.shape[2]:
         query_padding_mask = key_padding_mask
 
-    chosen = _backend.choose(OP, backend, (query, key, value))
+    chosen = _backend.choose(
+        OP,
+        backend,
+        (query, key, value),
+        lambda name: _op_reasons(name, query, value, query_landmarks, num_landmarks),
+    )
     with torch.autocast(query.device.type, enabled=False):
         if query_landmarks is not None or key_landmarks is not None:
             for name, option in (("grid", grid), ("cluster_iterations", cluster_iterations or None)):
@@ -114,6 +123,23 @@ def nystrom_attention(
         if conv_weight is not None:
             output = output + reference.conv_residual(value, conv_weight, key_padding_mask)
     return output
+
+
+def _op_reasons(
+    backend: str, query: Tensor, value: Tensor, query_landmarks: Tensor | None, num_landmarks: int | Sequence[int]
+) -> list[str]:
+    """Why a backend cannot take these sizes."""
+    if backend != "triton":
+        return []
+    widest = max(query.shape[3], value.shape[3])
+    reasons = [f"takes head dims up to {TRITON_HEAD_DIM}, got {widest}"] if widest > TRITON_HEAD_DIM else []
+    if query_landmarks is not None:
+        count = query_landmarks.shape[-2]
+    else:
+        count = math.prod(num_landmarks) if isinstance(num_landmarks, Sequence) else num_landmarks
+        if count >= min(query.shape[2], value.shape[2]):
+            return reasons  # exact attention, whose own kernels run
+    return reasons + ([f"takes up to {TRITON_LANDMARKS} landmarks, got {count}"] if count > TRITON_LANDMARKS else [])
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -74,6 +74,10 @@ def _as_bytes(mask: Tensor | None, absent: Tensor) -> Tensor:
     return absent if mask is None else mask.contiguous().view(torch.uint8)
 
 
+def _mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if mask is None else (mask.shape[1], 1)
+
+
 def _landmark_masks(plan: Plan, absent: Tensor) -> dict[str, object]:
     return {
         "p_query_absent": _as_bytes(plan.query_landmark_mask, absent),
@@ -127,18 +131,11 @@ def nystrom_attention(
 
     layout: (query_grid, key_grid, landmark_grid) of at most three axes, where both sides' landmarks are its means.
     """
-    plan = _both_masks(
-        Plan(
-            query_landmarks,
-            key_landmarks,
-            query_index,
-            key_index,
-            key_padding_mask,
-            query_landmark_mask,
-            key_landmark_mask,
-            exact_rows,
-        )  # fmt: skip
-    )
+    plan = Plan(
+        query_landmarks, key_landmarks, query_index, key_index, key_padding_mask,
+        query_landmark_mask, key_landmark_mask, exact_rows,
+    )  # fmt: skip
+    plan = _both_masks(plan)
     sizes = Sizes.of(query, value, num_landmarks)
     with _triton.launch_on(query):
         query_means, key_means = _means(query, key, plan, layout, num_landmarks)
@@ -211,7 +208,7 @@ def _landmark_values(
     tiles["num_warps"] = max(int(tiles["num_warps"]), pinv_tuning.WARPS[int(core_options["BLOCK_C"])])  # type: ignore[call-overload]
     m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
     forward.landmark_kernel[(sizes.rows * (splits * m_blocks + int(core_options["CORE"])),)](  # type: ignore[call-overload]
-        key, *key.stride(), value, *value.stride(), _as_bytes(mask, sums), *((0, 0) if mask is None else (mask.shape[1], 1)),
+        key, *key.stride(), value, *value.stride(), _as_bytes(mask, sums), *_mask_strides(mask),
         query_means, key_means, *masks.values(), core, iterates, sums, largest, totals,
         sizes.heads, sizes.keys, count, sizes.head_dim, dim, splits, m_blocks, scale,
         HAS_MASK=mask is not None, HAS_ABSENT=plan.key_landmark_mask is not None, SPLIT=split, **core_options, **tiles,
@@ -287,18 +284,11 @@ def nystrom_attention_backward(
     layout: tuple | None = None,
 ) -> Outputs:
     """Gradients of query, key, value, and of the landmarks where the caller gave them; the others are empty."""
-    plan = _both_masks(
-        Plan(
-            query_landmarks,
-            key_landmarks,
-            query_index,
-            key_index,
-            key_padding_mask,
-            query_landmark_mask,
-            key_landmark_mask,
-            exact_rows,
-        )  # fmt: skip
-    )
+    plan = Plan(
+        query_landmarks, key_landmarks, query_index, key_index, key_padding_mask,
+        query_landmark_mask, key_landmark_mask, exact_rows,
+    )  # fmt: skip
+    plan = _both_masks(plan)
     sizes = Sizes.of(query, value, num_landmarks)
     pass_ = Backward(
         sizes, grad_output, query, key, value, query_means, key_means, context, mixed, logsumexp, plan,
@@ -352,7 +342,8 @@ class Backward(NamedTuple):
         tiles = sizes.tiles("query_sums", self.most())
         blocks = triton.cdiv(sizes.queries, int(tiles["BLOCK_N"]))
         backward.query_stats_kernel[(sizes.rows * blocks,)](
-            self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(), self.key_means, self.mixed,
+            self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
+            self.key_means, self.mixed,
             _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta,
             sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
             HAS_ABSENT=self.has_absent, **tiles,
@@ -432,10 +423,11 @@ class Backward(NamedTuple):
         def launch(blocks: int, **parts_of: bool) -> None:
             backward.keys_kernel[(sizes.rows * splits * blocks,)](
                 self.key, *self.key.stride(), self.value, *self.value.stride(),
-                _as_bytes(mask, parts), *((0, 0) if mask is None else (mask.shape[1], 1)),
+                _as_bytes(mask, parts), *_mask_strides(mask),
                 self.query_means, grad_context, self.logsumexp, delta, sums, *member.arguments(parts),
                 _as_bytes(self.plan.exact_rows, parts), grad_key, grad_value, parts,
-                sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks, self.scale, float(lift),
+                sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks,
+                self.scale, float(lift),
                 HAS_MASK=mask is not None, HAS_INDEX=member.index is not None,
                 HAS_EXACT=self.plan.exact_rows is not None, SPLIT=split, **parts_of, **tiles,
             )  # fmt: skip
@@ -456,11 +448,13 @@ class Backward(NamedTuple):
         blocks = triton.cdiv(sizes.queries, steps * int(tiles["BLOCK_N"]))
         row_scale, delta = (grad_query_means, grad_query_means) if stats is None else stats
         backward.query_kernel[(sizes.rows * blocks,)](
-            self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(), self.key_means, self.mixed,
+            self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
+            self.key_means, self.mixed,
             _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta, grad_query_means,
             *member.arguments(grad_query_means), grad_query,
             sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
-            HAS_ABSENT=self.has_absent, HAS_INDEX=member.index is not None, MANY=stats is not None, STEPS=steps, **tiles,
+            HAS_ABSENT=self.has_absent, HAS_INDEX=member.index is not None,
+            MANY=stats is not None, STEPS=steps, **tiles,
         )  # fmt: skip
         return grad_query
 
