@@ -141,6 +141,51 @@ struct AmxEngine {
     Session(const Session&) = delete;
   };
 
+  template <bool as_left, bool as_right>
+  class Computed {
+   public:
+    Computed(float*, int64_t, int64_t rows, int64_t cols, float* left, float* right)
+        : left_(reinterpret_cast<BFloat16*>(left)),
+          right_(reinterpret_cast<BFloat16*>(right)),
+          rows_(rows),
+          cols_(cols) {
+      pad();
+    }
+    NYSTROMGAN_INLINE void put(int64_t row, int64_t col, Vec even, Vec odd) {
+      const __m512i both = round_two(even, odd);
+      if constexpr (as_left) {
+        BFloat16* at = left_at(row, col);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(both));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + kTileDepth), _mm512_extracti64x4_epi64(both, 1));
+      }
+      if constexpr (as_right) _mm512_storeu_si512(right_at(row, col), interleave_halves(both));
+    }
+    Left left() const { return {left_}; }
+    Right right() const { return {right_, 1}; }
+
+   private:
+    static int64_t tiles(int64_t k) { return (k + kTileDepth - 1) / kTileDepth; }
+    BFloat16* left_at(int64_t row, int64_t col) {
+      return left_ + (row / kTileRows * tiles(cols_) + col / kTileDepth) * kTileSize + row % kTileRows * kTileDepth +
+             col % kTileDepth;
+    }
+    BFloat16* right_at(int64_t row, int64_t col) {
+      return right_ + (col / kTileRows * tiles(rows_) + row / kTileDepth) * kTileSize + row % kTileDepth * kTileRows;
+    }
+    // Zeros along k where no vector will be put.
+    void pad() {
+      const int64_t put_rows = round_up(rows_, 2), put_cols = round_up(cols_, kLanes);
+      if (as_left && put_cols % kTileDepth != 0)
+        for (int64_t r = 0; r < put_rows; ++r) memset(left_at(r, put_cols), 0, kTileRows * sizeof(BFloat16));
+      if (as_right)
+        for (int64_t r = put_rows; r < round_up(rows_, kTileDepth); r += 2)
+          for (int64_t c = 0; c < put_cols; c += kTileRows) memset(right_at(r, c), 0, kTileDepth * sizeof(BFloat16));
+    }
+
+    BFloat16 *left_, *right_;
+    int64_t rows_, cols_;
+  };
+
   static int64_t left_size(int64_t rows, int64_t k) { return round_up(rows, kTileRows) * round_up(k, kTileDepth) / 2; }
   static int64_t right_size(int64_t k, int64_t cols) { return left_size(cols, k); }
   static int64_t right_split_size(int64_t k, int64_t cols) { return 2 * right_size(k, cols); }

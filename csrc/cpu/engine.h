@@ -33,6 +33,25 @@ struct FloatEngine {
   };
   static constexpr int64_t kRowPad = 1;
 
+  // A matrix [rows, cols] that a kernel computes two rows of a vector at a time, to use as a left or a right operand, or
+  // as both. `data`, with rows `ld` apart, is the kernel's own, which fp32 takes in place; AMX packs to the scratch of
+  // left_size(rows, cols) and right_size(rows, cols).
+  template <bool as_left, bool as_right>
+  class Computed {
+   public:
+    Computed(float* data, int64_t ld, int64_t, int64_t, float*, float*) : data_(data), ld_(ld) {}
+    NYSTROMGAN_INLINE void put(int64_t row, int64_t col, Vec even, Vec odd) {
+      store(data_ + row * ld_ + col, even);
+      store(data_ + (row + 1) * ld_ + col, odd);
+    }
+    Left left() const { return {data_, ld_, 1}; }
+    Right right() const { return {data_, ld_}; }
+
+   private:
+    float* data_;
+    int64_t ld_;
+  };
+
   static int64_t left_size(int64_t rows, int64_t k) {
     return sizeof(T) == sizeof(float) ? 0 : round_up(rows, kLanes) * round_up(k, kLanes);
   }

@@ -1,6 +1,8 @@
 // What the passes of Nyström attention share: pooling, the two softmaxes, the core matrix.
 #pragma once
 
+#include <sys/mman.h>
+
 #include "engine.h"
 #include "nystrom_attention.h"
 #include "pinv.h"
@@ -11,7 +13,21 @@ namespace nystromgan::NYSTROMGAN_ISA {
 // the number of threads.
 constexpr int64_t kChunk = 1024;
 
+// Runs body(i, s, workspace) for every chunk s < chunks of every (b, h) i < count.
+template <class Body>
+inline void for_each_chunk(ParallelRun run, int64_t count, int64_t chunks, Body body) {
+  parallel(run, count * chunks, [&](int64_t begin, int64_t end) {
+    Workspace workspace;
+    for (int64_t t = begin; t < end; ++t) {
+      workspace.reset();
+      body(t / chunks, t % chunks, workspace);
+    }
+  });
+}
+
 inline int64_t chunks_of(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
+
+NYSTROMGAN_INLINE const float* as_const(const float* x) { return x; }
 
 template <class T>
 NYSTROMGAN_INLINE T* row(const Tokens& x, int64_t b, int64_t h, int64_t n) {
@@ -22,10 +38,61 @@ inline const int32_t* row(const LandmarkIndex& index, int64_t b, int64_t h) {
   return index.data + b * index.batch + h * index.head;
 }
 
-// Tokens in a block, so that a block of [tokens, M] floats stays within 64 KiB of L2.
+// Tokens in a block, whose [tokens, M] floats stay within 64 KiB. Of fp32, 48 rows of 64 leave room in L1 for what is
+// asked for ahead: 96 made the product with the values a fifth slower. AMX tiles want multiples of 32.
+template <class T>
 inline int64_t block_tokens(int64_t landmarks) {
-  const int64_t fit = 16384 / round_up(landmarks, kLanes) / 32 * 32;
-  return fit < 32 ? 32 : min(fit, int64_t{128});
+  constexpr bool kTiles = Engine<T>::kRowPad > 1;
+  constexpr int64_t kMost = kTiles ? 96 : 48, kLeast = kTiles ? 32 : 12;
+  return max(kLeast, min(16384 / round_up(landmarks, kLanes) / kLeast * kLeast, kMost));
+}
+
+// Asks for part `step` of `steps` of a block of rows, ahead of its use: without it a core waits for memory between its
+// products, a third of the keys' pass at N = 16384.
+template <class T>
+struct Prefetch {
+  const T* x;
+  int64_t token, rows, dim;
+
+  void operator()(int64_t step, int64_t steps) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t r = rows * step / steps; r < rows * (step + 1) / steps; ++r)
+      for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(x + r * token + c, 0, 2);
+  }
+};
+
+// Engine<T>::multiply with a prefetch spread over it; in one burst it would fill the line buffers and stall the product.
+template <class T, bool accumulate>
+inline void multiply_ahead(
+    int64_t rows, int64_t cols, int64_t k, typename Engine<T>::Left a, typename Engine<T>::Right b, float* c,
+    int64_t ldc, Prefetch<T> next) {
+  constexpr int64_t kTile = 6;
+  if constexpr (Engine<T>::kRowPad == 1) {
+    if (cols <= 2 * kPanelVectors * kLanes) {
+      for (int64_t r = 0; r < rows; r += kTile) {
+        next(r / kTile, (rows + kTile - 1) / kTile);
+        const StridedMatrix tile{a.data + r * a.row_stride, a.row_stride, a.k_stride};
+        Engine<T>::template multiply<accumulate>(min(kTile, rows - r), cols, k, tile, b, c + r * ldc, ldc);
+      }
+      return;
+    }
+  }
+  next(0, 1);
+  Engine<T>::template multiply<accumulate>(rows, cols, k, a, b, c, ldc);
+}
+
+// Lets the system provide the pages of a task's fresh rows at once: one by one, their faults take a sixth of the forward.
+template <class T>
+inline void prefault_rows(const Tokens& x, int64_t b, int64_t h, int64_t n, int64_t rows, int64_t dim) {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr int64_t kPage = 4096;
+  if (x.channel != 1 || x.token != dim) return;
+  const int64_t address = reinterpret_cast<int64_t>(row<T>(x, b, h, n));
+  const int64_t begin = round_up(address, kPage), end = (address + rows * dim * int64_t{sizeof(T)}) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+#else
+  (void)x, (void)b, (void)h, (void)n, (void)rows, (void)dim;
+#endif
 }
 
 // y += factor * x over n floats.

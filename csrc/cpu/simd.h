@@ -79,11 +79,15 @@ NYSTROMGAN_INLINE float reduce_add(Vec x) {
 #endif
 }
 
-// NaN where any lane is NaN.
+// The largest lane; which one, when there is a NaN, is not said.
 NYSTROMGAN_INLINE float reduce_max(Vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(x);
+#else
   float best = x[0];
-  for (int i = 1; i < kLanes; ++i) best = x[i] < best || best != best ? best : x[i];
+  for (int i = 1; i < kLanes; ++i) best = x[i] > best ? x[i] : best;
   return best;
+#endif
 }
 
 // 2^x to 2e-7 relative; 0 below 2^-126; NaN stays NaN. x at most 127.
@@ -153,6 +157,41 @@ class Scratch {
 
  private:
   float* data_;
+};
+
+// Scratch that a thread's tasks take in the same order each, so that only the first allocates: memory that every task
+// returned to the system cost as many page faults as the output itself.
+class Workspace {
+ public:
+  Workspace() = default;
+  ~Workspace() {
+    for (Slot& slot : slots_) free(slot.data);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  void reset() { used_ = 0; }
+
+  // Room for count floats until the next reset, aligned to a cache line and not initialised.
+  float* take(int64_t count) {
+    if (used_ == kSlots) abort();
+    Slot& slot = slots_[used_++];
+    if (slot.size < count || slot.data == nullptr) {
+      free(slot.data);
+      slot = {static_cast<float*>(aligned_alloc(64, round_up(count * 4 + 64, 64))), count};
+      if (slot.data == nullptr) abort();
+    }
+    return slot.data;
+  }
+
+ private:
+  struct Slot {
+    float* data = nullptr;
+    int64_t size = 0;
+  };
+  static constexpr int kSlots = 24;
+  Slot slots_[kSlots];
+  int used_ = 0;
 };
 
 }  // namespace nystromgan::NYSTROMGAN_ISA

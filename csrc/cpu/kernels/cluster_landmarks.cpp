@@ -16,13 +16,13 @@ struct Lloyd {
   bool frozen(int64_t i) const { return p.frozen_rows != nullptr && p.frozen_rows[i / p.heads]; }
 
   // Assigns a chunk of tokens by the means, or with `start` as the start says, and sums them by landmark.
-  void assign(int64_t i, int64_t s, bool start) const {
+  void assign(int64_t i, int64_t s, bool start, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, count = min(kChunk, p.tokens - first);
     const T* x = row<T>(p.x, b, h, first);
     const int32_t* from = row(p.start, b, h) + first;
     int32_t* index = p.index + i * p.tokens + first;
     if (start || frozen(i)) memcpy(index, from, count * sizeof(int32_t));
-    else nearest(i, x, from, count, index);
+    else nearest(i, x, from, count, index, w);
     float *sums = partial + (i * chunks + s) * partial_size, *counts = sums + m * d;
     memset(sums, 0, partial_size * sizeof(float));
     add_to_landmarks(x, p.x.token, p.x.channel, index, count, d, sums);
@@ -31,13 +31,13 @@ struct Lloyd {
   }
 
   // The landmark with the largest x . mean - |mean|^2 / 2 for each token that has one.
-  void nearest(int64_t i, const T* x, const int32_t* from, int64_t count, int32_t* index) const {
-    const int64_t block = block_tokens(m);
+  void nearest(int64_t i, const T* x, const int32_t* from, int64_t count, int32_t* index, Workspace& w) const {
+    const int64_t block = block_tokens<T>(m);
     const bool* absent = p.landmark_mask ? p.landmark_mask + i / p.heads * m : nullptr;
     const float* means = p.means + i * m * d;
     typename E::Session session;
-    Scratch packed(E::right_split_size(d, m)), left(E::left_size(block, d)), offset(ldm);
-    Scratch score(round_up(block, E::kRowPad) * ldm);
+    float *packed = w.take(E::right_split_size(d, m)), *left = w.take(E::left_size(block, d)), *offset = w.take(ldm);
+    float *score = w.take(round_up(block, E::kRowPad) * ldm);
     for (int64_t c = 0; c < ldm; ++c) {
       float square = c < m && !(absent != nullptr && absent[c]) ? 0.0f : kInfinity;
       for (int64_t k = 0; c < m && k < d; ++k) square += means[c * d + k] * means[c * d + k];
@@ -90,9 +90,7 @@ struct Lloyd {
   void run() const {
     const int64_t count = p.batch * p.heads;
     for (int64_t step = 0; step <= p.iterations; ++step) {
-      parallel(p.run, count * chunks, [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) assign(t / chunks, t % chunks, step == 0);
-      });
+      for_each_chunk(p.run, count, chunks, [&](int64_t i, int64_t s, Workspace& w) { assign(i, s, step == 0, w); });
       parallel(p.run, count, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) update(i, step == 0);
       });

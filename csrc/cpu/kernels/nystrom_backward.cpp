@@ -16,7 +16,7 @@ struct Backward {
   const NystromProblem& p = f.problem;
   int64_t m = p.landmarks, d = p.head_dim, e = p.value_dim, count = p.batch * p.heads;
   int64_t ldm = round_up(m, kLanes), ldd = round_up(d, kLanes), lde = round_up(e, kLanes);
-  int64_t padded_m = round_up(m, E::kRowPad), block = block_tokens(m), padded_block = round_up(block, E::kRowPad);
+  int64_t padded_m = round_up(m, E::kRowPad), block = block_tokens<T>(m), padded_block = round_up(block, E::kRowPad);
   int64_t query_chunks = chunks_of(p.queries), key_chunks = chunks_of(p.keys);
   // Per chunk of queries dW [M, lde] and dK~ [M, ldd], per chunk of keys dQ~ [M, ldd].
   int64_t query_size = padded_m * (lde + ldd), key_size = padded_m * ldd;
@@ -25,22 +25,23 @@ struct Backward {
 
   const bool* key_mask(int64_t i) const { return p.key_padding_mask ? p.key_padding_mask + i / p.heads * p.keys : nullptr; }
 
-  void query_chunk(int64_t i, int64_t s) const {
+  void query_chunk(int64_t i, int64_t s, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
     const bool* absent = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
     float *grad_w = query_partial + (i * query_chunks + s) * query_size, *grad_landmarks = grad_w + padded_m * lde;
     memset(grad_w, 0, query_size * sizeof(float));
 
     typename E::Session session;
-    Scratch scaled(m * d), keys(E::right_split_size(d, m)), values(E::right_split_size(e, m));
-    Scratch means(E::right_split_size(m, d)), left(E::left_size(block, max_dim()) + E::left_size(m, block));
-    Scratch right(E::right_size(block, max_dim())), factor(padded_block * ldm), grad(padded_block * ldm);
-    Scratch result(padded_block * ldd);
+    float *scaled = w.take(m * d), *keys = w.take(E::right_split_size(d, m)), *values = w.take(E::right_split_size(e, m));
+    float *means = w.take(E::right_split_size(m, d)), *left = w.take(E::left_size(block, max_dim()) + E::left_size(m, block));
+    float *right = w.take(E::right_size(block, max_dim())), *factor = w.take(padded_block * ldm), *grad = w.take(padded_block * ldm);
+    float *result = w.take(padded_block * ldd);
     const float *key_means = p.key_means + i * m * d, *mixed = p.mixed + i * m * e;
     scale_to_base_2(key_means, m * d, p.scale, scaled);
-    const auto landmarks = E::right_split(static_cast<const float*>(scaled), d, m, 1, d, keys);  // [D, M]
+    const auto landmarks = E::right_split(as_const(scaled), d, m, 1, d, keys);  // [D, M]
     const auto transposed_w = E::right_split(mixed, e, m, 1, e, values);                         // [E, M]
     const auto plain_means = E::right_split(key_means, m, d, d, 1, means);                       // [M, D]
+    prefault_rows<T>(f.grad_query, b, h, first, last - first, d);
     for (int64_t n = first; n < last; n += block) {
       const int64_t rows = min(block, last - n);
       const T *query = row<T>(p.query, b, h, n), *grad_output = row<T>(f.grad_output, b, h, n);
@@ -53,14 +54,14 @@ struct Backward {
       softmax_rows_backward(factor, grad, rows);
       // [M, queries] x [queries, E or D]
       E::template multiply<true>(
-          m, e, rows, E::left(static_cast<const float*>(factor), m, rows, 1, ldm, left),
+          m, e, rows, E::left(as_const(factor), m, rows, 1, ldm, left),
           E::right(grad_output, rows, e, g.token, g.channel, right), grad_w, lde);
       E::template multiply<true>(
-          m, d, rows, E::left(static_cast<const float*>(grad), m, rows, 1, ldm, left),
+          m, d, rows, E::left(as_const(grad), m, rows, 1, ldm, left),
           E::right(query, rows, d, q.token, q.channel, right), grad_landmarks, ldd);
       // [queries, M] x [M, D]
       E::template multiply<false>(
-          rows, d, m, E::left(static_cast<const float*>(grad), rows, m, ldm, 1, left), plain_means, result, ldd);
+          rows, d, m, E::left(as_const(grad), rows, m, ldm, 1, left), plain_means, result, ldd);
       scatter(result, ldd, rows, d, row<T>(f.grad_query, b, h, n), f.grad_query.token, f.grad_query.channel);
     }
   }
@@ -164,21 +165,21 @@ struct Backward {
     });
   }
 
-  void key_chunk(int64_t i, int64_t s, const InverseCounts* inverse) const {
+  void key_chunk(int64_t i, int64_t s, const InverseCounts* inverse, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.keys);
     const bool* mask = key_mask(i);
     float* grad_landmarks = key_partial + (i * key_chunks + s) * key_size;
     memset(grad_landmarks, 0, key_size * sizeof(float));
 
     typename E::Session session;
-    Scratch scaled(m * d), queries(E::right_split_size(d, m)), contexts(E::right_split_size(e, m));
-    Scratch rows_e(E::right_split_size(m, e)), rows_d(E::right_split_size(m, d)), lse(ldm), delta(ldm);
-    Scratch left(E::left_size(block, max_dim()) + E::left_size(m, block)), right(E::right_size(block, d));
-    Scratch factor(padded_block * ldm), grad(padded_block * ldm), grad_value(padded_block * lde);
-    Scratch grad_key(padded_block * ldd), valid(mask ? block * max_dim() : 0);
+    float *scaled = w.take(m * d), *queries = w.take(E::right_split_size(d, m)), *contexts = w.take(E::right_split_size(e, m));
+    float *rows_e = w.take(E::right_split_size(m, e)), *rows_d = w.take(E::right_split_size(m, d)), *lse = w.take(ldm), *delta = w.take(ldm);
+    float *left = w.take(E::left_size(block, max_dim()) + E::left_size(m, block)), *right = w.take(E::right_size(block, d));
+    float *factor = w.take(padded_block * ldm), *grad = w.take(padded_block * ldm), *grad_value = w.take(padded_block * lde);
+    float *grad_key = w.take(padded_block * ldd), *valid = w.take(mask ? block * max_dim() : 0);
     const float *query_means = p.query_means + i * m * d, *grad_rows = grad_context + i * m * e;
     scale_to_base_2(query_means, m * d, p.scale, scaled);
-    const auto landmarks = E::right_split(static_cast<const float*>(scaled), d, m, 1, d, queries);  // [D, M]
+    const auto landmarks = E::right_split(as_const(scaled), d, m, 1, d, queries);  // [D, M]
     const auto transposed = E::right_split(grad_rows, e, m, 1, e, contexts);                        // [E, M]
     const auto plain_grad = E::right_split(grad_rows, m, e, e, 1, rows_e);                          // [M, E]
     const auto plain_means = E::right_split(query_means, m, d, d, 1, rows_d);                       // [M, D]
@@ -188,6 +189,8 @@ struct Backward {
       for (int64_t k = 0; c < m && k < e; ++k)
         delta[c] += grad_rows[c * e + k] * p.context[(i * m + c) * e + k];
     }
+    prefault_rows<T>(f.grad_key, b, h, first, last - first, d);
+    prefault_rows<T>(f.grad_value, b, h, first, last - first, e);
     for (int64_t n = first; n < last; n += block) {
       const int64_t rows = min(block, last - n);
       const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
@@ -198,11 +201,11 @@ struct Backward {
       softmax_columns_backward(factor, grad, rows, lse, delta);
       // [keys, M] x [M, E or D]
       E::template multiply<false>(
-          rows, e, m, E::left(static_cast<const float*>(factor), rows, m, ldm, 1, left), plain_grad, grad_value, lde);
+          rows, e, m, E::left(as_const(factor), rows, m, ldm, 1, left), plain_grad, grad_value, lde);
       E::template multiply<false>(
-          rows, d, m, E::left(static_cast<const float*>(grad), rows, m, ldm, 1, left), plain_means, grad_key, ldd);
+          rows, d, m, E::left(as_const(grad), rows, m, ldm, 1, left), plain_means, grad_key, ldd);
       // [M, keys] x [keys, D]
-      const auto weights = E::left(static_cast<const float*>(grad), m, rows, 1, ldm, left);
+      const auto weights = E::left(as_const(grad), m, rows, 1, ldm, left);
       if (masked) {
         const auto keys = E::right(valid_keys(key, mask + n, rows, valid), rows, d, d, 1, right);
         E::template multiply<true>(m, d, rows, weights, keys, grad_landmarks, ldd);
@@ -279,24 +282,22 @@ struct Backward {
 
   template <class Body>
   void each(int64_t chunks, Body body) const {
-    parallel(p.run, count * chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) body(t / chunks, t % chunks);
-    });
+    for_each_chunk(p.run, count, chunks, body);
   }
 
   void run() const {
-    each(query_chunks, [&](int64_t i, int64_t s) { query_chunk(i, s); });
+    each(query_chunks, [&](int64_t i, int64_t s, Workspace& w) { query_chunk(i, s, w); });
     core();
     if (p.key_index.data != nullptr) {
       const InverseCounts inverse(p.run, p.batch, p.heads, p.keys, m, p.key_index);
-      each(key_chunks, [&](int64_t i, int64_t s) { key_chunk(i, s, &inverse); });
+      each(key_chunks, [&](int64_t i, int64_t s, Workspace& w) { key_chunk(i, s, &inverse, w); });
     } else {
-      each(key_chunks, [&](int64_t i, int64_t s) { key_chunk(i, s, nullptr); });
+      each(key_chunks, [&](int64_t i, int64_t s, Workspace& w) { key_chunk(i, s, nullptr, w); });
     }
-    each(1, [&](int64_t i, int64_t) { combine_keys(i); });
+    each(1, [&](int64_t i, int64_t, Workspace&) { combine_keys(i); });
     if (p.query_index.data == nullptr) return;
     const InverseCounts inverse(p.run, p.batch, p.heads, p.queries, m, p.query_index);
-    each(query_chunks, [&](int64_t i, int64_t s) { spread_queries(i, s, inverse); });
+    each(query_chunks, [&](int64_t i, int64_t s, Workspace&) { spread_queries(i, s, inverse); });
   }
 };
 

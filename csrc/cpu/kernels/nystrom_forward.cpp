@@ -8,46 +8,54 @@ namespace {
 template <class T>
 struct Forward {
   using E = Engine<T>;
-  const NystromProblem& p;
-  const Tokens& output;
+  const NystromForward& f;
+  const NystromProblem& p = f.problem;
   int64_t m = p.landmarks, d = p.head_dim, e = p.value_dim;
   int64_t ldm = round_up(m, kLanes), lde = round_up(e, kLanes);
   int64_t splits = chunks_of(p.keys);
-  int64_t sums_size = round_up(m, E::kRowPad) * lde, split_size = sums_size + 2 * ldm;  // G V, the rows' maxima and sums
+  // Of each split: G V, its rows' maxima and sums and, where the keys are pooled, their sums by landmark [M, D].
+  int64_t sums_size = round_up(m, E::kRowPad) * lde, key_sums = sums_size + 2 * ldm;
+  int64_t split_size = key_sums + (f.pool_key ? m * d : 0);
   Scratch partial{p.batch * p.heads * splits * split_size};
 
   float* split(int64_t i, int64_t s) const { return partial + (i * splits + s) * split_size; }
 
   // One split's online softmax over its keys: sums [M, lde] of 2^(x - top) v, tops [M], totals [M].
-  void attend_keys(int64_t i, int64_t s) const {
+  void attend_keys(int64_t i, int64_t s, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.keys);
-    const int64_t block = block_tokens(m);
+    const int64_t block = block_tokens<T>(m);
     const bool* mask = p.key_padding_mask ? p.key_padding_mask + b * p.keys : nullptr;
     float *sums = split(i, s), *tops = sums + sums_size, *totals = tops + ldm;
     for (int64_t c = 0; c < ldm; ++c) tops[c] = -kInfinity, totals[c] = 0.0f;
     memset(sums, 0, sums_size * sizeof(float));
+    if (f.pool_key) memset(sums + key_sums, 0, m * d * sizeof(float));
 
     typename E::Session session;
-    Scratch scaled(m * d), landmarks(E::right_split_size(d, m)), left(E::left_size(block, d) + E::left_size(m, block));
-    Scratch right(E::right_size(block, e)), logits(round_up(block, E::kRowPad) * ldm), valid(block * e);
+    float *scaled = w.take(m * d), *landmarks = w.take(E::right_split_size(d, m)), *left = w.take(E::left_size(block, d) + E::left_size(m, block));
+    float *right = w.take(E::right_size(block, e)), *logits = w.take(round_up(block, E::kRowPad) * ldm), *valid = w.take(block * e);
     scale_to_base_2(p.query_means + i * m * d, m * d, p.scale, scaled);
-    const auto queries = E::right_split(static_cast<float*>(scaled), d, m, 1, d, landmarks);  // [D, M]
+    const auto queries = E::right_split(as_const(scaled), d, m, 1, d, landmarks);  // [D, M]
     for (int64_t n = first; n < last; n += block) {
       const int64_t count = min(block, last - n);
       const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
+      const int64_t next = min(block, last - n - count);
       // [keys, D] x [D, M]
-      E::template multiply<false>(
-          count, m, d, E::left(key, count, d, p.key.token, p.key.channel, left), queries, logits, ldm);
+      multiply_ahead<T, false>(
+          count, m, d, E::left(key, count, d, p.key.token, p.key.channel, left), queries, logits, ldm,
+          {key + block * p.key.token, p.key.token, next, d});
+      if (f.pool_key)  // here the keys are in cache: a pass of its own costs a twentieth of the forward
+        add_to_landmarks(key, p.key.token, p.key.channel, row(p.key_index, b, h) + n, count, d, sums + key_sums);
       const bool masked = mask != nullptr && mask_rows(logits, mask + n, count);
       add_block(logits, count, sums, tops, totals);
-      const auto weights = E::left(static_cast<const float*>(logits), m, count, 1, ldm, left);  // [M, keys]
+      const auto weights = E::left(as_const(logits), m, count, 1, ldm, left);  // [M, keys]
       // [M, keys] x [keys, E]
       if (masked) {
         const auto values = E::right(valid_values(value, mask + n, count, valid), count, e, e, 1, right);
         E::template multiply<true>(m, e, count, weights, values, sums, lde);
       } else {
         const auto values = E::right(value, count, e, p.value.token, p.value.channel, right);
-        E::template multiply<true>(m, e, count, weights, values, sums, lde);
+        multiply_ahead<T, true>(
+            m, e, count, weights, values, sums, lde, {value + block * p.value.token, p.value.token, next, e});
       }
     }
   }
@@ -95,6 +103,16 @@ struct Forward {
     }
   }
 
+  // key_means [M, D] from the splits' sums, in their order.
+  void combine_keys(int64_t i, const InverseCounts& inverse) const {
+    const float* count = inverse.of(i / p.heads, i % p.heads);
+    float* means = p.key_means + i * m * d;
+    memset(means, 0, m * d * sizeof(float));
+    for (int64_t s = 0; s < splits; ++s) add_scaled(means, split(i, s) + key_sums, 1.0f, m * d);
+    for (int64_t c = 0; c < m; ++c)
+      for (int64_t k = 0; k < d; ++k) means[c * d + k] *= count[c];
+  }
+
   // context [M, E] = G V and logsumexp [M] from the splits, in their order.
   void combine(int64_t i) const {
     float *context = p.context + i * m * e, *logsumexp = p.logsumexp + i * m;
@@ -133,43 +151,53 @@ struct Forward {
   }
 
   // The chunk of queries: O = F W.
-  void attend_landmarks(int64_t i, int64_t s) const {
+  void attend_landmarks(int64_t i, int64_t s, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
-    const int64_t block = block_tokens(m);
+    const int64_t block = block_tokens<T>(m);
     const bool* mask = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
     typename E::Session session;
-    Scratch scaled(m * d), landmarks(E::right_split_size(d, m)), mixed(E::right_split_size(m, e));
-    Scratch left(E::left_size(block, d) + E::left_size(block, m)), logits(round_up(block, E::kRowPad) * ldm);
-    Scratch result(round_up(block, E::kRowPad) * lde), inverse(block);
+    float *scaled = w.take(m * d), *landmarks = w.take(E::right_split_size(d, m)), *mixed = w.take(E::right_split_size(m, e));
+    float *left = w.take(E::left_size(block, d) + E::left_size(block, m)), *logits = w.take(round_up(block, E::kRowPad) * ldm);
+    float *result = w.take(round_up(block, E::kRowPad) * lde), *inverse = w.take(block);
     scale_to_base_2(p.key_means + i * m * d, m * d, p.scale, scaled);
-    const auto keys = E::right_split(static_cast<float*>(scaled), d, m, 1, d, landmarks);                     // [D, M]
+    const auto keys = E::right_split(as_const(scaled), d, m, 1, d, landmarks);                     // [D, M]
     const auto values = E::right_split(static_cast<const float*>(p.mixed + i * m * e), m, e, e, 1, mixed);  // [M, E]
+    // fp32 rows of whole vectors are written where they belong
+    const bool in_place = sizeof(T) == sizeof(float) && f.output.channel == 1 && lde == e;
+    prefault_rows<T>(f.output, b, h, first, last - first, e);
     for (int64_t n = first; n < last; n += block) {
       const int64_t count = min(block, last - n);
       const auto queries = E::left(row<T>(p.query, b, h, n), count, d, p.query.token, p.query.channel, left);
-      E::template multiply<false>(count, m, d, queries, keys, logits, ldm);  // [queries, D] x [D, M]
+      // [queries, D] x [D, M]
+      multiply_ahead<T, false>(
+          count, m, d, queries, keys, logits, ldm,
+          {row<T>(p.query, b, h, n + count), p.query.token, min(block, last - n - count), d});
       softmax_rows<false>(logits, count, m, ldm, mask, inverse);
-      const auto weights = E::left(static_cast<const float*>(logits), count, m, ldm, 1, left);
-      E::template multiply<false>(count, e, m, weights, values, result, lde);  // [queries, M] x [M, E]
+      const auto weights = E::left(as_const(logits), count, m, ldm, 1, left);
+      // [queries, M] x [M, E]
+      float* to = in_place ? reinterpret_cast<float*>(row<T>(f.output, b, h, n)) : result;
+      E::template multiply<false>(count, e, m, weights, values, to, in_place ? f.output.token : lde);
       for (int64_t r = 0; r < count; ++r)
-        for (int64_t c = 0; c < lde; c += kLanes) store(result + r * lde + c, inverse[r] * load(result + r * lde + c));
-      scatter(result, lde, count, e, row<T>(output, b, h, n), output.token, output.channel);
+        scale_in_place(lde, inverse[r], to + r * (in_place ? f.output.token : lde));
+      if (!in_place) scatter(result, lde, count, e, row<T>(f.output, b, h, n), f.output.token, f.output.channel);
     }
   }
 
   void run() const {
     const int64_t count = p.batch * p.heads, chunks = chunks_of(p.queries);
-    parallel(p.run, count * splits, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) attend_keys(t / splits, t % splits);
-    });
+    for_each_chunk(p.run, count, splits, [&](int64_t i, int64_t s, Workspace& w) { attend_keys(i, s, w); });
     parallel(p.run, count, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) combine(i);
     });
+    if (f.pool_key) {
+      const InverseCounts inverse(p.run, p.batch, p.heads, p.keys, m, p.key_index);
+      parallel(p.run, count, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) combine_keys(i, inverse);
+      });
+    }
     const CoreNorms global(p);
     for_each_matrix(p.run, count, m, [&](int64_t i, ParallelRun team) { mix(i, global, team); });
-    parallel(p.run, count * chunks, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) attend_landmarks(t / chunks, t % chunks);
-    });
+    for_each_chunk(p.run, count, chunks, [&](int64_t i, int64_t s, Workspace& w) { attend_landmarks(i, s, w); });
   }
 };
 
@@ -180,9 +208,8 @@ void forward(const NystromForward& f) {
     pool_tokens<T>(p.run, p.batch, p.heads, tokens, p.landmarks, dim, x, index, only, means);
   };
   if (f.pool_query) pool(p.queries, p.head_dim, p.query, p.query_index, nullptr, p.query_means);
-  if (f.pool_key) pool(p.keys, p.head_dim, p.key, p.key_index, nullptr, p.key_means);
   if (p.exact_rows != nullptr) pool(p.keys, p.value_dim, p.value, p.key_index, p.exact_rows, p.mixed);
-  Forward<T>{p, f.output}.run();
+  Forward<T>{f}.run();
 }
 
 }  // namespace

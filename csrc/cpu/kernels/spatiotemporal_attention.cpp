@@ -44,42 +44,55 @@ struct Operands {
   }
 };
 
-// Running softmax of the columns of a block of logits [keys, kQueries].
+// Running softmax of the columns of blocks of logits [keys, kQueries], in units of log2.
 struct Softmax {
-  float maximum[kQueries], sum[kQueries], decay[kQueries];  // maximum in units of log2
-  bool decays;  // whether some maximum rose in the last step, so that what was summed before shrinks by `decay`
+  // What weights are relative to: at most kSlack below the largest logit so far. Letting it lag saves nearly all of the
+  // rescaling, and 2^kSlack is nothing to fp32.
+  static constexpr float kSlack = 8.0f;
+  float reference[kQueries], sum[kQueries], decay[kQueries];
+  bool decays;  // whether some reference rose in the last step, so that what was summed before shrinks by `decay`
 
   void reset() {
-    for (int64_t q = 0; q < kQueries; ++q) maximum[q] = kLowest, sum[q] = 0;
+    for (int64_t q = 0; q < kQueries; ++q) reference[q] = kLowest, sum[q] = 0;
   }
 
-  // Turns logits into weights 2^(factor logit - maximum), for `columns` vectors of queries from column q on.
-  template <int columns>
-  NYSTROMGAN_INLINE void step(float* logits, int64_t keys, int64_t q, float factor) {
-    Vec before[columns], top[columns], total[columns];
-    for (int c = 0; c < columns; ++c) top[c] = before[c] = load(maximum + q + c * kLanes);
+  // Puts the weights 2^(factor logit - reference) of `columns` vectors of queries from column q on.
+  template <int columns, class Weights>
+  NYSTROMGAN_INLINE void step(const float* logits, int64_t keys, int64_t q, float factor, Weights& weights) {
+    const float* column = logits + q;
+    Vec base[columns], top[columns], total[columns];
+    for (int c = 0; c < columns; ++c) top[c] = base[c] = load(reference + q + c * kLanes);
     for (int64_t k = 0; k < keys; ++k)
-      for (int c = 0; c < columns; ++c) top[c] = max(top[c], load(logits + k * kQueries + q + c * kLanes) * factor);
+      for (int c = 0; c < columns; ++c) top[c] = max(top[c], load(column + k * kQueries + c * kLanes) * factor);
     for (int c = 0; c < columns; ++c) {
-      const Vec shrink = exp2(before[c] - top[c]);
+      top[c] = top[c] > base[c] + kSlack ? top[c] : base[c];
+      const Vec shrink = exp2(base[c] - top[c]);
       total[c] = load(sum + q + c * kLanes) * shrink;
       store(decay + q + c * kLanes, shrink);
-      store(maximum + q + c * kLanes, top[c]);
+      store(reference + q + c * kLanes, top[c]);
     }
-    for (int64_t k = 0; k < keys; ++k)
+    const auto weight = [&](int64_t k, int c) { return exp2(load(column + k * kQueries + c * kLanes) * factor - top[c]); };
+    int64_t k = 0;
+    for (; k + 1 < keys; k += 2)
       for (int c = 0; c < columns; ++c) {
-        float* at = logits + k * kQueries + q + c * kLanes;
-        const Vec weight = exp2(load(at) * factor - top[c]);
-        total[c] += weight;
-        store(at, weight);
+        const Vec even = weight(k, c), odd = weight(k + 1, c);
+        total[c] += even + odd;
+        weights.put(k, q + c * kLanes, even, odd);
+      }
+    if (k < keys)
+      for (int c = 0; c < columns; ++c) {
+        const Vec even = weight(k, c);
+        total[c] += even;
+        weights.put(k, q + c * kLanes, even, Vec{});
       }
     for (int c = 0; c < columns; ++c) store(sum + q + c * kLanes, total[c]);
   }
 
-  void step(float* logits, int64_t keys, int64_t queries, float factor) {
+  template <class Weights>
+  void step(const float* logits, int64_t keys, int64_t queries, float factor, Weights& weights) {
     int64_t q = 0;
-    for (; q + kColumns * kLanes <= queries; q += kColumns * kLanes) step<kColumns>(logits, keys, q, factor);
-    for (; q < queries; q += kLanes) step<1>(logits, keys, q, factor);
+    for (; q + kColumns * kLanes <= queries; q += kColumns * kLanes) step<kColumns>(logits, keys, q, factor, weights);
+    for (; q < queries; q += kLanes) step<1>(logits, keys, q, factor, weights);
     decays = false;
     for (int64_t i = 0; i < queries; ++i) decays |= decay[i] != 1.0f;
   }
@@ -119,7 +132,7 @@ void finish_block(
   if (call.logsumexp != nullptr) {
     float* logsumexp = call.logsumexp + (b * call.heads + h) * call.queries + first;
     for (int64_t q = 0; q < queries; ++q)
-      logsumexp[q] = any_key ? softmax.maximum[q] * kLn2 + logf(softmax.sum[q]) : -kInfinity;
+      logsumexp[q] = any_key ? softmax.reference[q] * kLn2 + logf(softmax.sum[q]) : -kInfinity;
   }
   if (call.attended.data != nullptr) {
     const Head<T> attended(call.attended, b, h);
@@ -151,16 +164,21 @@ void forward_block(const AttentionForward& call, int64_t b, int64_t h, int64_t f
       query.token(first), channels, queries, query.channel_stride, query.token_stride, scratch.query);  // [C, queries]
   Softmax softmax;
   softmax.reset();
-  memset(scratch.sums, 0, value_channels * kQueries * sizeof(float));
+  if (call.key_counts[b] == 0) memset(scratch.sums, 0, value_channels * kQueries * sizeof(float));
   for (int64_t s = 0; s < call.key_counts[b]; s += kKeys) {
     const int64_t keys = min(kKeys, call.key_counts[b] - s);
     const auto k = Operands<T>::tokens_by_channels(key, s, keys, channels, scratch.key);  // [keys, C]
     E::template multiply<false>(keys, queries, channels, k, q, scratch.logits, kQueries);
-    softmax.step(scratch.logits, keys, queries, factor);
-    if (softmax.decays) scale_columns(scratch.sums, value_channels, queries, softmax.decay);
+    typename E::template Computed<false, true> weights(
+        scratch.logits, kQueries, keys, queries, nullptr, scratch.weights);  // [keys, queries]
+    softmax.step(scratch.logits, keys, queries, factor, weights);
     const auto v = Operands<T>::channels_by_tokens(value, s, keys, value_channels, scratch.value);  // [E, keys]
-    const auto p = E::right_padded(scratch.logits, keys, queries, kQueries, scratch.weights);       // [keys, queries]
-    E::template multiply<true>(value_channels, queries, keys, v, p, scratch.sums, kQueries);
+    if (s == 0) {
+      E::template multiply<false>(value_channels, queries, keys, v, weights.right(), scratch.sums, kQueries);
+      continue;
+    }
+    if (softmax.decays) scale_columns(scratch.sums, value_channels, queries, softmax.decay);
+    E::template multiply<true>(value_channels, queries, keys, v, weights.right(), scratch.sums, kQueries);
   }
   finish_block(call, b, h, first, queries, softmax, scratch);
 }
@@ -194,7 +212,7 @@ struct BackwardScratch {
   Scratch key_rows, key_columns, value_rows;                        // the split's operands, by block of keys
   Scratch grad_key, grad_value;                                     // [split, C] and [split, E]
   Scratch query, grad, query_rows, grad_rows;                       // the block of queries' operands
-  Scratch weights, grad_weights, weights_operand, logits_operand, logits_right;
+  Scratch weights, grad_weights, weights_left, logits_left, logits_right;
 
   explicit BackwardScratch(const AttentionBackward& call)
       : split(keys_of_split(call)),
@@ -209,23 +227,30 @@ struct BackwardScratch {
         grad_rows(E::right_size(kQueries, call.value_channels)),
         weights(kKeys * kQueries),
         grad_weights(kKeys * kQueries),
-        weights_operand(E::left_size(kKeys, kQueries)),
-        logits_operand(E::left_size(kKeys, kQueries)),
+        weights_left(E::left_size(kKeys, kQueries)),
+        logits_left(E::left_size(kKeys, kQueries)),
         logits_right(E::right_size(kKeys, kQueries)) {}
 };
 
-// weights: logits -> P = 2^(factor logits - logsumexp); grad_weights: grads of P -> grads of scaled logits,
-// P (gamma grad_weights - delta).
+// Puts the weights P = 2^(factor logits - logsumexp) and the gradients of the scaled logits, P (gamma grads - delta).
+template <class Weights, class Grads>
 NYSTROMGAN_INLINE void differentiate_softmax(
-    float* weights, float* grad_weights, int64_t keys, int64_t queries, float factor, float gamma,
-    const float* logsumexp2, const float* delta) {
+    const float* logits, const float* weight_grads, int64_t keys, int64_t queries, float factor, float gamma,
+    const float* logsumexp2, const float* delta, Weights& weights, Grads& grads) {
   for (int64_t q = 0; q < queries; q += kLanes) {
     const Vec shift = load(logsumexp2 + q), offset = load(delta + q);
-    for (int64_t k = 0; k < keys; ++k) {
-      const Vec weight = exp2(load(weights + k * kQueries + q) * factor - shift);
-      store(weights + k * kQueries + q, weight);
-      float* grad = grad_weights + k * kQueries + q;
-      store(grad, weight * (load(grad) * gamma - offset));
+    const auto weight = [&](int64_t k) { return exp2(load(logits + k * kQueries + q) * factor - shift); };
+    const auto grad = [&](int64_t k) { return load(weight_grads + k * kQueries + q) * gamma - offset; };
+    int64_t k = 0;
+    for (; k + 1 < keys; k += 2) {
+      const Vec even = weight(k), odd = weight(k + 1);
+      grads.put(k, q, even * grad(k), odd * grad(k + 1));
+      weights.put(k, q, even, odd);
+    }
+    if (k < keys) {
+      const Vec even = weight(k);
+      grads.put(k, q, even * grad(k), Vec{});
+      weights.put(k, q, even, Vec{});
     }
   }
 }
@@ -311,15 +336,16 @@ void backward_split(
       const int64_t keys = min(kKeys, split - j * kKeys);
       E::template multiply<false>(keys, queries, C, key_rows[j], q, scratch.weights, kQueries);
       E::template multiply<false>(keys, queries, D, value_rows[j], g, scratch.grad_weights, kQueries);
+      typename E::template Computed<true, false> p(
+          scratch.weights, kQueries, keys, queries, scratch.weights_left, nullptr);
+      typename E::template Computed<true, true> ds(
+          scratch.grad_weights, kQueries, keys, queries, scratch.logits_left, scratch.logits_right);
       differentiate_softmax(
-          scratch.weights, scratch.grad_weights, keys, queries, factor, call.gamma, logsumexp2, delta);
-      const auto p = E::left(scratch.weights.get(), keys, queries, kQueries, 1, scratch.weights_operand);
-      const auto ds = E::left(scratch.grad_weights.get(), keys, queries, kQueries, 1, scratch.logits_operand);
-      const auto ds_right = E::right_padded(scratch.grad_weights, keys, queries, kQueries, scratch.logits_right);
+          scratch.weights, scratch.grad_weights, keys, queries, factor, call.gamma, logsumexp2, delta, p, ds);
       E::template multiply<true>(
-          keys, D, queries, p, g_rows, scratch.grad_value + j * kKeys * ld_value, ld_value);
-      E::template multiply<true>(keys, C, queries, ds, q_rows, scratch.grad_key + j * kKeys * ld_key, ld_key);
-      E::template multiply<true>(C, queries, keys, key_columns[j], ds_right, part, kQueries);
+          keys, D, queries, p.left(), g_rows, scratch.grad_value + j * kKeys * ld_value, ld_value);
+      E::template multiply<true>(keys, C, queries, ds.left(), q_rows, scratch.grad_key + j * kKeys * ld_key, ld_key);
+      E::template multiply<true>(C, queries, keys, key_columns[j], ds.right(), part, kQueries);
     }
   }
 
