@@ -32,9 +32,11 @@ def _place(length, BLOCK: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
-def _tile(p_base, o_row, o_col, stride_row, stride_col):
-    """Pointers to a (row, column) tile; 64-bit, since one head may exceed 2^31 elements."""
-    return p_base + o_row[:, None].to(tl.int64) * stride_row + o_col[None, :].to(tl.int64) * stride_col
+def _offsets(o_row, o_col, stride_row, stride_col, WIDE: tl.constexpr):
+    """Where the elements of a (row, column) tile lie from its first; 64-bit ones take twice the registers."""
+    if WIDE:
+        o_row, o_col = o_row.to(tl.int64), o_col.to(tl.int64)
+    return o_row[:, None] * stride_row + o_col[None, :] * stride_col
 
 
 @triton.jit
@@ -54,18 +56,16 @@ def _load(p_tile, m_row, m_col, ALL_ROWS: tl.constexpr, ALL_COLS: tl.constexpr):
 @triton.jit
 def _product(
     p_a, p_b, o_a, o_b, m_a, m_b, a_row, a_col, b_row, b_col, ROWS: tl.constexpr, TILE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """a^T b of matrices with ROWS channels, a tile at a time."""
     o_row = tl.arange(0, TILE)
-    p_a = _tile(p_a, o_row, o_a, a_row, a_col)
-    p_b = _tile(p_b, o_row, o_b, b_row, b_col)
     b_sum = tl.zeros([o_a.shape[0], o_b.shape[0]], tl.float32)
     step = tl.full([], TILE, tl.int64)
     for i_row in range(0, ROWS, TILE):
         m_row = i_row + o_row < ROWS
-        b_a = _load(p_a, m_row, m_a, False, False)  # [TILE, BLOCK_A]
-        b_b = _load(p_b, m_row, m_b, False, False)  # [TILE, BLOCK_B]
+        b_a = _load(p_a + _offsets(o_row, o_a, a_row, a_col, WIDE), m_row, m_a, False, False)  # [TILE, BLOCK_A]
+        b_b = _load(p_b + _offsets(o_row, o_b, b_row, b_col, WIDE), m_row, m_b, False, False)  # [TILE, BLOCK_B]
         b_sum = dot(tl.trans(b_a), b_b, b_sum, PRECISION)
         p_a += step * a_row
         p_b += step * b_row
@@ -88,25 +88,25 @@ def _forward_kernel(
     residual_b, residual_h, residual_e, residual_n,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
     ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_n, i_slice = _place(num_tokens, BLOCK_N, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_s = tl.arange(0, BLOCK_S)
+    o_n, o_s = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
+    first = i_n.to(tl.int64) * BLOCK_N
     o_c, o_e = tl.arange(0, TILE_C), i_slice * TILE_E + tl.arange(0, TILE_E)
-    m_n, m_c, m_e = o_n < num_tokens, o_c < C, o_e < E
-    query += i_b * query_b + i_h * query_h
+    m_n, m_c, m_e = first + o_n < num_tokens, o_c < C, o_e < E
+    query += i_b * query_b + i_h * query_h + first * query_n
     key += i_b * key_b + i_h * key_h
     value += i_b * value_b + i_h * value_h
-    p_query = _tile(query, o_c, o_n, query_c, query_n)
-    p_key = _tile(key, o_c, o_s, key_c, key_s)
-    p_value = _tile(value, o_e, o_s, value_e, value_s)
+    o_key = _offsets(o_c, o_s, key_c, key_s, WIDE)
+    o_value = _offsets(o_e, o_s, value_e, value_s, WIDE)
     p_mask = None if mask is None else mask + i_b * mask_b
 
     sign = tl.where(scale < 0, -1.0, 1.0)  # the maximum is taken before the scale, which must not turn it over
     scale_log2 = tl.abs(scale) * LOG2E
     if C <= TILE_C:
+        p_query = query + _offsets(o_c, o_n, query_c, query_n, WIDE)
         b_query = _load(p_query, m_c, m_n, ALL_C, ALL_N)  # [TILE_C, BLOCK_N]
         b_query = tl.trans((b_query * sign).to(query.dtype.element_ty))
     step = tl.full([], BLOCK_S, tl.int64)
@@ -116,13 +116,13 @@ def _forward_kernel(
     for i_s in range(0, num_keys, BLOCK_S):
         m_bound = i_s + o_s < num_keys
         if C <= TILE_C:
-            b_key = _load(p_key, m_c, m_bound, ALL_C, ALL_S)  # [TILE_C, BLOCK_S]
+            b_key = _load(key + o_key, m_c, m_bound, ALL_C, ALL_S)  # [TILE_C, BLOCK_S]
             b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
         else:
             b_logits = sign * _product(
-                query, key, o_n, i_s + o_s, m_n, m_bound, query_c, query_n, key_c, key_s, C, TILE_C, PRECISION
+                query, key, o_n, o_s, m_n, m_bound, query_c, query_n, key_c, key_s, C, TILE_C, WIDE, PRECISION
             )
-        b_value = _load(p_value, m_e, m_bound, ALL_E, ALL_S)  # [TILE_E, BLOCK_S]
+        b_value = _load(value + o_value, m_e, m_bound, ALL_E, ALL_S)  # [TILE_E, BLOCK_S]
         if ALL_S and mask is None:
             b_new = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
             b_shift = b_new
@@ -139,28 +139,27 @@ def _forward_kernel(
         b_output = b_output * b_decay[:, None]
         b_output = dot(b_weights.to(b_value.dtype), tl.trans(b_value), b_output, PRECISION)
         b_max = b_new
-        p_key += step * key_s
-        p_value += step * value_s
+        key += step * key_s
+        value += step * value_s
 
     m_empty = b_sum == 0.0  # every key is masked
     b_sum = tl.where(m_empty, 1.0, b_sum)
     b_output = tl.trans(b_output / b_sum[:, None])  # [TILE_E, BLOCK_N]
     # Beside the output's own layout, (E, N) or (N, E), a head is contiguous.
-    offset = i_bh * E * num_tokens
-    m_out = m_e[:, None] & m_n[None, :]
     out_e, out_n = (1, E) if TOKEN_MAJOR else (num_tokens, 1)
+    o_out = i_bh * E * num_tokens + first * out_n + _offsets(o_e, o_n, out_e, out_n, WIDE)
+    m_out = m_e[:, None] & m_n[None, :]
     if logsumexp is not None:
         b_lse = tl.where(m_empty, float("inf"), (b_max + tl.log2(b_sum)) * LN2)  # inf gives weights of 0
-        tl.store(logsumexp + i_bh * num_tokens + o_n, b_lse, mask=m_n & (i_slice == 0))
+        tl.store(logsumexp + i_bh * num_tokens + first + o_n, b_lse, mask=m_n & (i_slice == 0))
     if attended is not None:
-        p_attended = _tile(attended + offset, o_e, o_n, out_e, out_n)
-        tl.store(p_attended, b_output.to(attended.dtype.element_ty), mask=m_out)
+        tl.store(attended + o_out, b_output.to(attended.dtype.element_ty), mask=m_out)
     if gamma is not None:
         b_output *= tl.load(gamma).to(tl.float32)
     if residual is not None:
-        p_residual = _tile(residual + i_b * residual_b + i_h * residual_h, o_e, o_n, residual_e, residual_n)
-        b_output += tl.load(p_residual, mask=m_out, other=0.0)
-    tl.store(_tile(output + offset, o_e, o_n, out_e, out_n), b_output.to(output.dtype.element_ty), mask=m_out)
+        residual += i_b * residual_b + i_h * residual_h + first * residual_n
+        b_output += tl.load(residual + _offsets(o_e, o_n, residual_e, residual_n, WIDE), mask=m_out, other=0.0)
+    tl.store(output + o_out, b_output.to(output.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -170,23 +169,23 @@ def _grad_query_kernel(
     value_b, value_h, value_e, value_s, mask_b, mask_s, attended_b, attended_h, attended_e, attended_n,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
     ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_n, i_slice = _place(num_tokens, BLOCK_N, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_s = tl.arange(0, BLOCK_S)
+    o_n, o_s = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
+    first = i_n.to(tl.int64) * BLOCK_N
     o_c, o_e = i_slice * TILE_C + tl.arange(0, TILE_C), tl.arange(0, TILE_E)
-    m_n, m_c, m_e = o_n < num_tokens, o_c < C, o_e < E
-    query += i_b * query_b + i_h * query_h
+    m_n, m_c, m_e = first + o_n < num_tokens, o_c < C, o_e < E
+    query += i_b * query_b + i_h * query_h + first * query_n
     key += i_b * key_b + i_h * key_h
     value += i_b * value_b + i_h * value_h
-    p_query = _tile(query, o_c, o_n, query_c, query_n)
-    p_key = _tile(key, o_c, o_s, key_c, key_s)
-    p_value = _tile(value, o_e, o_s, value_e, value_s)
-    grad_output += i_b * grad_b + i_h * grad_h
-    p_grad = _tile(grad_output, o_e, o_n, grad_e, grad_n)
-    p_attended = _tile(attended + i_b * attended_b + i_h * attended_h, o_e, o_n, attended_e, attended_n)
+    o_key = _offsets(o_c, o_s, key_c, key_s, WIDE)
+    o_value = _offsets(o_e, o_s, value_e, value_s, WIDE)
+    grad_output += i_b * grad_b + i_h * grad_h + first * grad_n
+    p_grad = grad_output + _offsets(o_e, o_n, grad_e, grad_n, WIDE)
+    attended += i_b * attended_b + i_h * attended_h + first * attended_n
+    p_attended = attended + _offsets(o_e, o_n, attended_e, attended_n, WIDE)
     p_mask = None if mask is None else mask + i_b * mask_b
 
     b_rowdot = tl.zeros([BLOCK_N], tl.float32)
@@ -196,11 +195,12 @@ def _grad_query_kernel(
         b_rowdot += tl.sum(b_grad.to(tl.float32) * b_attended.to(tl.float32), 0)
         p_grad += tl.full([], TILE_E, tl.int64) * grad_e
         p_attended += tl.full([], TILE_E, tl.int64) * attended_e
-    tl.store(rowdot + i_bh * num_tokens + o_n, b_rowdot, mask=m_n & (i_slice == 0))
-    b_lse = tl.load(logsumexp + i_bh * num_tokens + o_n, mask=m_n, other=float("inf")) * LOG2E
+    tl.store(rowdot + i_bh * num_tokens + first + o_n, b_rowdot, mask=m_n & (i_slice == 0))
+    b_lse = tl.load(logsumexp + i_bh * num_tokens + first + o_n, mask=m_n, other=float("inf")) * LOG2E
     if E <= TILE_E:
         b_grad = tl.trans(b_grad)  # [BLOCK_N, TILE_E]
     if C <= TILE_C:
+        p_query = query + _offsets(o_c, o_n, query_c, query_n, WIDE)
         b_query = tl.trans(_load(p_query, m_c, m_n, ALL_C, ALL_N))  # [BLOCK_N, TILE_C]
     b_grad_query = tl.zeros([BLOCK_N, TILE_C], tl.float32)
     step = tl.full([], BLOCK_S, tl.int64)
@@ -209,34 +209,34 @@ def _grad_query_kernel(
         m_s = m_bound
         if mask is not None:
             m_s = _kept(p_mask, i_s + o_s, mask_s, num_keys)
-        b_key = _load(p_key, m_c, m_bound, ALL_C, ALL_S)  # [TILE_C, BLOCK_S]
+        b_key = _load(key + o_key, m_c, m_bound, ALL_C, ALL_S)  # [TILE_C, BLOCK_S]
         if mask is not None:
             b_key = tl.where(m_s[None, :], b_key, 0.0)  # what is masked may be NaN
         if C <= TILE_C:
             b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
         else:
             b_logits = _product(
-                query, key, o_n, i_s + o_s, m_n, m_s, query_c, query_n, key_c, key_s, C, TILE_C, PRECISION
+                query, key, o_n, o_s, m_n, m_s, query_c, query_n, key_c, key_s, C, TILE_C, WIDE, PRECISION
             )
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
         if E <= TILE_E:
-            b_value = _load(p_value, m_e, m_bound, ALL_E, ALL_S)  # [TILE_E, BLOCK_S]
+            b_value = _load(value + o_value, m_e, m_bound, ALL_E, ALL_S)  # [TILE_E, BLOCK_S]
             b_grad_weights = dot(b_grad, b_value, None, PRECISION)
         else:
             b_grad_weights = _product(
-                grad_output, value, o_n, i_s + o_s, m_n, m_s, grad_e, grad_n, value_e, value_s, E, TILE_E, PRECISION
+                grad_output, value, o_n, o_s, m_n, m_s, grad_e, grad_n, value_e, value_s, E, TILE_E, WIDE, PRECISION
             )
         b_grad_logits = b_weights * (b_grad_weights - b_rowdot[:, None])
         if not (ALL_S and mask is None):
             b_grad_logits = tl.where(m_s[None, :], b_grad_logits, 0.0)
         b_grad_query = dot(b_grad_logits.to(b_key.dtype), tl.trans(b_key), b_grad_query, PRECISION)
-        p_key += step * key_s
-        p_value += step * value_s
+        key += step * key_s
+        value += step * value_s
 
     if gamma is not None:
         scale *= tl.load(gamma).to(tl.float32)
     out_c, out_n = (1, C) if TOKEN_MAJOR else (num_tokens, 1)
-    p_grad_query = _tile(grad_query + i_bh * C * num_tokens, o_c, o_n, out_c, out_n)
+    p_grad_query = grad_query + i_bh * C * num_tokens + first * out_n + _offsets(o_c, o_n, out_c, out_n, WIDE)
     b_grad_query = tl.trans(b_grad_query * scale).to(grad_query.dtype.element_ty)
     tl.store(p_grad_query, b_grad_query, mask=m_c[:, None] & m_n[None, :])
 
@@ -248,35 +248,35 @@ def _grad_key_value_kernel(
     value_b, value_h, value_e, value_s, mask_b, mask_s,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
     ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_s, i_slice = _place(num_keys, BLOCK_S, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
-    o_s = i_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    o_n = tl.arange(0, BLOCK_N)
+    o_n, o_s = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_S)
+    first = i_s.to(tl.int64) * BLOCK_S
     # One tile of channels serves all slices; one of several belongs to its slice.
     o_c = (i_slice if C > TILE_C else 0) * TILE_C + tl.arange(0, TILE_C)
     o_e = (i_slice if E > TILE_E else 0) * TILE_E + tl.arange(0, TILE_E)
-    m_s, m_c, m_e = o_s < num_keys, o_c < C, o_e < E
+    m_s, m_c, m_e = first + o_s < num_keys, o_c < C, o_e < E
     query += i_b * query_b + i_h * query_h
-    key += i_b * key_b + i_h * key_h
-    value += i_b * value_b + i_h * value_h
+    key += i_b * key_b + i_h * key_h + first * key_s
+    value += i_b * value_b + i_h * value_h + first * value_s
     grad_output += i_b * grad_b + i_h * grad_h
-    p_query = _tile(query, o_c, o_n, query_c, query_n)
-    p_key = _tile(key, o_c, o_s, key_c, key_s)
-    p_value = _tile(value, o_e, o_s, value_e, value_s)
-    p_grad = _tile(grad_output, o_e, o_n, grad_e, grad_n)
-    p_logsumexp = logsumexp + i_bh * num_tokens + o_n
-    p_rowdot = rowdot + i_bh * num_tokens + o_n
+    o_query = _offsets(o_c, o_n, query_c, query_n, WIDE)
+    o_grad = _offsets(o_e, o_n, grad_e, grad_n, WIDE)
+    logsumexp += i_bh * num_tokens
+    rowdot += i_bh * num_tokens
 
     # Each key's gradients come from its own row alone, so padding may stay until the end; but it may be NaN or huge.
     m_keep = m_s
     if mask is not None:
-        m_keep = _kept(mask + i_b * mask_b, o_s, mask_s, num_keys)
+        m_keep = _kept(mask + i_b * mask_b, first + o_s, mask_s, num_keys)
     if C <= TILE_C:
+        p_key = key + _offsets(o_c, o_s, key_c, key_s, WIDE)
         b_key = _load(p_key, m_c, m_keep, ALL_C, ALL_S and mask is None)
         b_key = tl.trans(b_key)  # [BLOCK_S, TILE_C]
     if E <= TILE_E:
+        p_value = value + _offsets(o_e, o_s, value_e, value_s, WIDE)
         b_value = _load(p_value, m_e, m_keep, ALL_E, ALL_S and mask is None)
         b_value = tl.trans(b_value)  # [BLOCK_S, TILE_E]
     b_grad_key = tl.zeros([BLOCK_S, TILE_C], tl.float32)
@@ -284,15 +284,17 @@ def _grad_key_value_kernel(
     step = tl.full([], BLOCK_N, tl.int64)
     for i_n in range(0, num_tokens, BLOCK_N):
         m_n = i_n + o_n < num_tokens
-        b_query = _load(p_query, m_c, m_n, ALL_C, ALL_N)  # [TILE_C, BLOCK_N]
-        b_grad = _load(p_grad, m_e, m_n, ALL_E, ALL_N)  # [TILE_E, BLOCK_N]
-        b_lse = tl.load(p_logsumexp, mask=m_n, other=float("inf")) * LOG2E  # beyond the tokens: weights of zero
-        b_rowdot = tl.load(p_rowdot, mask=m_n, other=0.0)
+        b_query = _load(query + o_query, m_c, m_n, ALL_C, ALL_N)  # [TILE_C, BLOCK_N]
+        b_grad = _load(grad_output + o_grad, m_e, m_n, ALL_E, ALL_N)  # [TILE_E, BLOCK_N]
+        b_lse = (
+            tl.load(logsumexp + i_n + o_n, mask=m_n, other=float("inf")) * LOG2E
+        )  # beyond the tokens: weights of zero
+        b_rowdot = tl.load(rowdot + i_n + o_n, mask=m_n, other=0.0)
         if C <= TILE_C:
             b_logits = dot(b_key, b_query, None, PRECISION)  # [BLOCK_S, BLOCK_N]
         else:
             b_logits = _product(
-                key, query, o_s, i_n + o_n, m_keep, m_n, key_c, key_s, query_c, query_n, C, TILE_C, PRECISION
+                key, query, o_s, o_n, m_keep, m_n, key_c, key_s, query_c, query_n, C, TILE_C, WIDE, PRECISION
             )
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[None, :])
         b_grad_value = dot(b_weights.to(b_grad.dtype), tl.trans(b_grad), b_grad_value, PRECISION)
@@ -300,14 +302,12 @@ def _grad_key_value_kernel(
             b_grad_weights = dot(b_value, b_grad, None, PRECISION)
         else:
             b_grad_weights = _product(
-                value, grad_output, o_s, i_n + o_n, m_keep, m_n, value_e, value_s, grad_e, grad_n, E, TILE_E, PRECISION
+                value, grad_output, o_s, o_n, m_keep, m_n, value_e, value_s, grad_e, grad_n, E, TILE_E, WIDE, PRECISION
             )
         b_grad_logits = b_weights * (b_grad_weights - b_rowdot[None, :])
         b_grad_key = dot(b_grad_logits.to(b_query.dtype), tl.trans(b_query), b_grad_key, PRECISION)
-        p_query += step * query_n
-        p_grad += step * grad_n
-        p_logsumexp += BLOCK_N
-        p_rowdot += BLOCK_N
+        query += step * query_n
+        grad_output += step * grad_n
 
     if gamma is not None:
         b_gamma = tl.load(gamma).to(tl.float32)
@@ -322,8 +322,8 @@ def _grad_key_value_kernel(
         m_e &= i_slice == 0
     key_row, key_col = (1, C) if TOKEN_MAJOR else (num_keys, 1)
     value_row, value_col = (1, E) if TOKEN_MAJOR else (num_keys, 1)
-    p_grad_key = _tile(grad_key + i_bh * C * num_keys, o_c, o_s, key_row, key_col)
-    p_grad_value = _tile(grad_value + i_bh * E * num_keys, o_e, o_s, value_row, value_col)
+    p_grad_key = grad_key + i_bh * C * num_keys + first * key_col + _offsets(o_c, o_s, key_row, key_col, WIDE)
+    p_grad_value = grad_value + i_bh * E * num_keys + first * value_col + _offsets(o_e, o_s, value_row, value_col, WIDE)
     b_grad_key = tl.trans(b_grad_key * scale).to(grad_key.dtype.element_ty)
     b_grad_value = tl.trans(b_grad_value).to(grad_value.dtype.element_ty)
     tl.store(p_grad_key, b_grad_key, mask=m_c[:, None] & m_s[None, :])
@@ -348,7 +348,7 @@ def spatiotemporal_attention(
     logsumexp = query.new_empty((batch, heads, tokens), dtype=torch.float32) if save else None
     mask = _as_bytes(key_padding_mask)
     strides = (*query.stride(), *key.stride(), *value.stride(), *_strides(mask, 2), *_strides(residual, 4))
-    grid, constants = _configure("forward", query, key, value, token_major)
+    grid, constants = _configure("forward", query, key, value, token_major, residual, output)
     with _triton.launch_on(query):
         _forward_kernel[grid](
             query, key, value, mask, gamma, residual, output, attended, logsumexp, scale, heads, tokens,
@@ -380,13 +380,14 @@ def spatiotemporal_attention_backward(
     rowdot = torch.empty_like(logsumexp)
     mask = _as_bytes(key_padding_mask)
     strides = (*grad_output.stride(), *query.stride(), *key.stride(), *value.stride(), *_strides(mask, 2))
+    tensors = (grad_output, attended, *grads)
     with _triton.launch_on(query):
-        grid, constants = _configure("grad_query", query, key, value, token_major)
+        grid, constants = _configure("grad_query", query, key, value, token_major, *tensors)
         _grad_query_kernel[grid](
             grad_output, query, key, value, mask, gamma, attended, logsumexp, rowdot, grads[0], scale, heads, tokens,
             keys, *strides, *attended.stride(), **constants,
         )  # fmt: skip
-        grid, constants = _configure("grad_key_value", query, key, value, token_major)
+        grid, constants = _configure("grad_key_value", query, key, value, token_major, *tensors)
         _grad_key_value_kernel[grid](
             grad_output, query, key, value, mask, gamma, logsumexp, rowdot, *grads[1:], scale, heads, tokens, keys,
             *strides, **constants,
@@ -407,12 +408,17 @@ def _as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
+def _reaches_far(tensor: Tensor | None) -> bool:
+    """Whether a tile of (B, H, channels, tokens) may span more elements than 32 bits count."""
+    return tensor is not None and 256 * max(tensor.stride(2), tensor.stride(3)) > 2**30
+
+
 def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
     return (0,) * axes if tensor is None else tensor.stride()
 
 
 def _configure(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, token_major: bool
+    kernel: str, query: Tensor, key: Tensor, value: Tensor, token_major: bool, *others: Tensor | None
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid of a kernel for these operands, and its compile-time constants with the tuned configuration."""
     batch, heads, channels, tokens = query.shape
@@ -436,6 +442,7 @@ def _configure(
         "ALL_N": tokens % config.BLOCK_N == 0,
         "ALL_S": keys % config.BLOCK_S == 0,
         "TOKEN_MAJOR": token_major,
+        "WIDE": any(_reaches_far(x) for x in (query, key, value, *others)),
         "PRECISION": _triton.precision(query.dtype),
     }
     return (batch * heads * blocks * slices,), constants | config._asdict()
