@@ -1,0 +1,177 @@
+"""The Triton kernels of iterative_pinv and nystrom_attention against the definition: on a GPU, else interpreted.
+
+The interpreter wants its variable before triton is imported, so without a GPU the tests run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from nystromgan import _env, iterative_pinv, nystrom_attention
+from nystromgan.ops.nystrom_attention import reference
+from nystromgan.ops.nystrom_attention.landmarks import grid_index, masked_landmarks
+from nystromgan.testing import (
+    NO_TOLERANCE,
+    assert_matches_reference,
+    attention_inputs,
+    eager_nystrom_attention,
+    normal,
+    padding_mask,
+    relative_error,
+    smooth,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() and not _env.triton_interpret() else "cpu"
+
+if DEVICE == "cpu" and not _env.triton_interpret():
+
+    def test_under_the_interpreter() -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+else:
+    from nystromgan.ops.iterative_pinv import tuning as pinv_tuning
+    from nystromgan.ops.nystrom_attention import triton as kernels
+
+    def matrices(*shape: int) -> Tensor:
+        """Matrices of which no two rows or columns have the same sum: a maximum's gradient has one place to go."""
+        return normal(*shape, seed=5).to(DEVICE).abs()
+
+    class TestIterativePinv:
+        @pytest.mark.parametrize("size", [1, 2, 17, 40])
+        @pytest.mark.parametrize("init", ["per_matrix", "global_max"])
+        def test_sizes(self, size: int, init: str) -> None:
+            inputs = {"matrix": matrices(2, 1, size, size).mT}
+            eager = lambda matrix: iterative_pinv(matrix, iterations=3, init=init, backend="reference")  # noqa: E731
+            assert_matches_reference(iterative_pinv, inputs, "triton", iterations=3, init=init, eager=eager)
+
+        def test_tiles_through_memory_agree_with_those_on_chip(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            matrix = matrices(2, 20, 20)
+            on_chip = iterative_pinv(matrix, backend="triton")
+            monkeypatch.setattr(pinv_tuning, "CHIP_MOST", dict.fromkeys(pinv_tuning.CHIP_MOST, 0))
+            assert relative_error(iterative_pinv(matrix, backend="triton"), on_chip) < 1e-6
+
+        def test_more_rows_than_one_program_holds(self) -> None:
+            inputs = {"matrix": matrices(1, 130, 130)}
+            assert_matches_reference(iterative_pinv, inputs, "triton", iterations=1)
+
+        @pytest.mark.parametrize("magnitude", [0.0, 1e-12, 1e12])
+        def test_magnitudes(self, magnitude: float) -> None:
+            matrix = magnitude * matrices(1, 5, 5)
+            expected = iterative_pinv(matrix, backend="reference")
+            assert relative_error(iterative_pinv(matrix, backend="triton"), expected) < 1e-5
+
+    class TestNystromAttention:
+        @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+        @pytest.mark.parametrize(("head_dim", "value_dim"), [(4, 32), (17, 3)])
+        def test_segments(self, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
+            inputs = attention_inputs(1, 2, 70, 45, head_dim, value_dim, dtype=dtype, device=DEVICE)
+            eager = lambda **tensors: eager_nystrom_attention(**tensors, num_landmarks=7)  # noqa: E731
+            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=7, eager=eager)
+
+        @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+        def test_tokens_that_resemble_their_neighbours(self, dtype: torch.dtype) -> None:
+            inputs = attention_inputs(1, 1, 200, head_dim=16, tokens=smooth, dtype=dtype, device=DEVICE)
+            eager = lambda **tensors: eager_nystrom_attention(**tensors, num_landmarks=8)  # noqa: E731
+            assert_matches_reference(
+                nystrom_attention, inputs, "triton", num_landmarks=8, tolerance=NO_TOLERANCE, eager=eager
+            )
+
+        def test_several_splits_of_the_tokens(self) -> None:
+            inputs = attention_inputs(1, 1, 600, head_dim=3, device=DEVICE)
+            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=5)
+
+        def test_several_tiles_of_landmarks(self) -> None:
+            inputs = attention_inputs(1, 1, 150, head_dim=5, device=DEVICE)
+            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=70, pinv_iterations=1)
+
+        def test_more_landmarks_than_one_program_inverts(self) -> None:
+            inputs = attention_inputs(1, 1, 150, head_dim=5, device=DEVICE)
+            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=130, pinv_iterations=1)
+
+        @pytest.mark.parametrize(
+            "options",
+            [
+                {"num_landmarks": (1, 2, 3), "grid": (3, 4, 5)},
+                {"num_landmarks": (1, 2, 1, 3), "grid": (3, 2, 2, 5)},
+                {"num_landmarks": 6, "pinv_init": "global_max"},
+                {"num_landmarks": 6, "cluster_iterations": 2},
+            ],
+            ids=["grid", "four axes", "global_max", "clustered"],
+        )
+        def test_kinds_of_landmarks(self, options: dict) -> None:
+            inputs = attention_inputs(2, 1, 60, head_dim=8, value_dim=5, device=DEVICE)
+            assert_matches_reference(nystrom_attention, inputs, "triton", **options)
+
+        @pytest.mark.parametrize("options", [{}, {"grid": (5, 10)}], ids=["segments", "grid"])
+        def test_padding(self, options: dict) -> None:
+            inputs = attention_inputs(4, 1, 50, head_dim=8, device=DEVICE)
+            inputs["key_padding_mask"] = padding_mask([50, 31, 3, 0], 50, scattered=True, device=DEVICE)
+            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=8, **options)
+
+        def test_landmarks_of_the_caller_have_gradients(self) -> None:
+            inputs = attention_inputs(1, 2, 40, 33, 4, 7, device=DEVICE)
+            inputs |= {f"{side}_landmarks": normal(1, 2, 5, 4, device=DEVICE, seed=9) for side in ("query", "key")}
+            assert_matches_reference(nystrom_attention, inputs, "triton")
+
+        def test_masked_tokens_may_hold_nan_and_do_not_enter(self) -> None:
+            inputs = attention_inputs(2, 1, 40, head_dim=8, device=DEVICE)
+            mask = padding_mask([23, 31], 40, scattered=True, device=DEVICE)
+            options = {"num_landmarks": 6, "key_padding_mask": mask, "backend": "triton"}
+            expected = nystrom_attention(**inputs, **options)
+            for name in ("key", "value"):
+                inputs[name] = inputs[name].masked_fill(mask[:, None, :, None], float("nan"))
+            assert torch.equal(nystrom_attention(**inputs, **options), expected)
+
+        def test_a_row_does_not_see_its_batch_mates(self) -> None:
+            inputs = attention_inputs(2, 2, 50, head_dim=8, device=DEVICE)
+            leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+            together = nystrom_attention(**leaves, num_landmarks=6, backend="triton")
+            grads = torch.autograd.grad(together.square().sum(), list(leaves.values()))
+            rows = {name: x.detach()[1:].requires_grad_() for name, x in inputs.items()}
+            alone = nystrom_attention(**rows, num_landmarks=6, backend="triton")
+            assert torch.equal(together[1:], alone)
+            for grad, row in zip(grads, torch.autograd.grad(alone.square().sum(), list(rows.values())), strict=True):
+                assert torch.equal(grad[1:], row)
+
+        def test_strides_do_not_matter(self) -> None:
+            inputs = attention_inputs(2, 2, 40, head_dim=8, device=DEVICE)
+            expected = nystrom_attention(**inputs, num_landmarks=6, backend="triton")
+            strided = {name: x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for name, x in inputs.items()}
+            assert torch.equal(nystrom_attention(**strided, num_landmarks=6, backend="triton"), expected)
+
+        def test_a_layout_and_its_index_agree(self) -> None:
+            inputs = attention_inputs(1, 1, 60, head_dim=8, device=DEVICE)
+            index = grid_index((60,), (7,), torch.device(DEVICE))
+            plan = (None, None, index, index, None, None, None, None)
+            layout = ((60,), (60,), (7,))
+            by_index = kernels.nystrom_attention(*inputs.values(), *plan, 7, 0.3, 6, False)
+            by_layout = kernels.nystrom_attention(*inputs.values(), *plan, 7, 0.3, 6, False, layout)
+            for value, expected in zip(by_layout, by_index, strict=True):
+                assert relative_error(value, expected) < 1e-6
+
+    class TestClusterLandmarks:
+        @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+        @pytest.mark.parametrize(("tokens", "count"), [(90, 8), (150, 70), (300, 130)])
+        def test_steps(self, dtype: torch.dtype, tokens: int, count: int) -> None:
+            x = normal(2, 1, tokens, 4, dtype=dtype, device=DEVICE)
+            index = grid_index((tokens,), (count,), torch.device(DEVICE))
+            landmarks, assigned = kernels.cluster_landmarks(x, index, None, None, count, 2)
+            expected, expected_index = reference.cluster_landmarks(x, index, None, None, count, 2)
+            assert relative_error(landmarks, expected) < 1e-6
+            assert torch.equal(assigned, expected_index)
+
+        def test_masks_and_frozen_rows(self) -> None:
+            mask = padding_mask([50, 23, 4, 0], 50, scattered=True, device=DEVICE)
+            x = normal(4, 2, 50, 5, device=DEVICE).masked_fill(mask[:, None, :, None], float("nan"))
+            index, landmark_mask, exact_rows = masked_landmarks(mask, (50,), (6,))
+            options = (x, index, landmark_mask, exact_rows, 6, 2)
+            landmarks, assigned = kernels.cluster_landmarks(*options)
+            expected, expected_index = reference.cluster_landmarks(*options)
+            assert relative_error(landmarks, expected) < 1e-6
+            assert torch.equal(assigned, expected_index)
