@@ -119,9 +119,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
         {problem(query, key, value, saved, plan, num_landmarks, scale, pinv_iterations, global_init),
          tokens_of(grad_output), tokens_of(grad_query), tokens_of(grad_key), tokens_of(grad_value),
          floats(grad_query_means), floats(grad_key_means)});
-  const Tensor none = empty(query, {0}, ScalarType::Float);
+  auto none = [&] { return empty(query, {0}, ScalarType::Float); };  // one each: outputs of an op must not alias
   const bool query_given = query_landmarks && !query_index, key_given = key_landmarks && !key_index;
-  return {grad_query, grad_key, grad_value, query_given ? grad_query_means : none, key_given ? grad_key_means : none};
+  return {grad_query, grad_key, grad_value, query_given ? grad_query_means : none(), key_given ? grad_key_means : none()};
 }
 
 std::tuple<Tensor, Tensor> cluster(
