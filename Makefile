@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format native wheel sanitize bench clean
+.PHONY: demo test lint format native wheel sanitize bench gpu-check clean
 
 demo: native
 	$(PY) -m nystromgan.zoo.demo
@@ -47,6 +47,10 @@ sanitize: $(READY)
 
 bench: native
 	$(PY) -m pytest bench --benchmark-only
+
+# On a machine with a GPU: correctness against float64, tuning and speed, into bench/results. STAGE picks one of them.
+gpu-check: $(READY)
+	$(PY) -m nystromgan.bench.gpu_check $(if $(STAGE),--stage $(STAGE))
 
 clean:
 	rm -rf build dist out nystromgan/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
