@@ -56,16 +56,17 @@ class Sizes(NamedTuple):
     def rows(self) -> int:
         return self.batch * self.heads
 
-    def tiles(self, name: str, most: int) -> dict[str, int | str]:
-        """Tile sizes, precision and launch options of pass `name`, with at most `most` landmarks a tile."""
-        block_m = _triton.tile(self.landmarks, most)
+    def tiles(self, name: str) -> dict[str, int | str]:
+        """Tile sizes, precision and launch options of pass `name`."""
+        config = tuning.choose(name, self.dtype, self.widest)
         return {
-            "BLOCK_M": block_m,
-            "BLOCK_N": tuning.tokens_of(name, self.dtype, self.widest),
+            "BLOCK_M": _triton.tile(self.landmarks, config.landmarks),
+            "BLOCK_N": config.tokens,
             "BLOCK_D": self.block_d,
             "BLOCK_E": self.block_e,
             "PRECISION": _triton.precision(self.dtype),
-            **tuning.launch(name, self.dtype, block_m, self.widest),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
         }
 
 
@@ -147,7 +148,7 @@ def nystrom_attention(
             sizes, key, value, query_means, key_means, plan, exact_mixed, scale, pinv_iterations, global_init
         )
         output = query.new_empty(*query.shape[:3], sizes.value_dim)
-        tiles = sizes.tiles("output", 128 if sizes.widest <= 128 else 64)
+        tiles = sizes.tiles("output")
         steps = tuning.steps(sizes.queries)
         blocks = triton.cdiv(sizes.queries, steps * int(tiles["BLOCK_N"]))
         forward.output_kernel[(sizes.rows * blocks,)](
@@ -167,7 +168,7 @@ def _core_options(sizes: Sizes, iterations: int, global_init: bool, architecture
     return {
         "CORE": int(fused),
         "ITERATIONS": iterations,
-        "CHIP": not save and block <= pinv_tuning.CHIP_MOST[architecture],
+        "CHIP": not save and block <= pinv_tuning.CHIP_MOST_BESIDE[architecture],
         "BLOCK_C": min(block, 128),
         "CORE_D": min(sizes.block_d, 32),
         "TILE": tiled["TILE"],
@@ -204,7 +205,7 @@ def _landmark_values(
     largest, totals = query_means.new_empty(2, sizes.rows, splits, count)
     masks = _landmark_masks(plan, sums)
     mask = plan.key_padding_mask
-    tiles = sizes.tiles("landmarks", 128 if sizes.widest <= 64 else 64)
+    tiles = sizes.tiles("landmarks")
     tiles["num_warps"] = max(int(tiles["num_warps"]), pinv_tuning.WARPS[int(core_options["BLOCK_C"])])  # type: ignore[call-overload]
     m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
     forward.landmark_kernel[(sizes.rows * (splits * m_blocks + int(core_options["CORE"])),)](  # type: ignore[call-overload]
@@ -329,17 +330,13 @@ class Backward(NamedTuple):
     def has_absent(self) -> bool:
         return self.plan.key_landmark_mask is not None
 
-    def most(self, narrow: int = 64) -> int:
-        """Landmarks of a tile at most: fewer where the head dims fill the registers."""
-        return 128 if self.sizes.widest <= narrow and self.sizes.dtype != torch.float32 else 64
-
     def query_stats(self) -> tuple[Tensor, Tensor] | None:
         """Row scales and deltas of F (B H, N), where landmarks take several tiles."""
         sizes = self.sizes
-        if sizes.landmarks <= self.most():
+        if all(sizes.landmarks <= int(sizes.tiles(name)["BLOCK_M"]) for name in ("query_sums", "query")):
             return None
         row_scale, delta = self.query_means.new_empty(2, sizes.rows, sizes.queries)
-        tiles = sizes.tiles("query_sums", self.most())
+        tiles = sizes.tiles("query_stats")
         blocks = triton.cdiv(sizes.queries, int(tiles["BLOCK_N"]))
         backward.query_stats_kernel[(sizes.rows * blocks,)](
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
@@ -361,7 +358,7 @@ class Backward(NamedTuple):
         splits = triton.cdiv(sizes.queries, split)
         width = count * (sizes.head_dim + sizes.value_dim)
         parts = self.query_means.new_empty(sizes.rows, splits, width)
-        tiles = sizes.tiles("query_sums", self.most())
+        tiles = sizes.tiles("query_sums")
         if options["CORE"]:
             tiles["num_warps"] = max(int(tiles["num_warps"]), pinv_tuning.WARPS[int(options["BLOCK_C"])])  # type: ignore[call-overload]
         m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
@@ -416,7 +413,7 @@ class Backward(NamedTuple):
         split = tuning.split_tokens(sizes.keys)
         splits = triton.cdiv(sizes.keys, split)
         parts = grad_context.new_empty(sizes.rows, splits, count * sizes.head_dim)
-        tiles = sizes.tiles("keys", self.most())
+        tiles = sizes.tiles("keys")
         m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
         lift = (sizes.keys.bit_length() - 1) // 2 if sizes.dtype == torch.float16 else 0
 
@@ -443,7 +440,7 @@ class Backward(NamedTuple):
     def query(self, stats: tuple[Tensor, Tensor] | None, grad_query_means: Tensor, member: Membership) -> Tensor:
         sizes = self.sizes
         grad_query = self.query_.new_empty(self.query_.shape)
-        tiles = sizes.tiles("query", self.most())
+        tiles = sizes.tiles("query")
         steps = tuning.steps(sizes.queries)
         blocks = triton.cdiv(sizes.queries, steps * int(tiles["BLOCK_N"]))
         row_scale, delta = (grad_query_means, grad_query_means) if stats is None else stats

@@ -21,6 +21,7 @@ from nystromgan.ops.nystrom_attention.triton_forward import (
     core_inverse,
     load_landmarks,
     load_tokens,
+    store_tokens,
 )
 
 
@@ -52,10 +53,13 @@ def query_stats_kernel(
 ):  # fmt: skip
     """For M in several blocks: each query's logarithm of F's row sum, and delta = F . dF."""
     i_bh = tl.program_id(0) // blocks
-    o_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = (tl.program_id(0) % blocks) * BLOCK_N
+    o_n = first + tl.arange(0, BLOCK_N)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    b_query = load_tokens(p_query + i_b * s_qb + i_h * s_qh, s_qn, s_qd, o_n, o_n < N, D, BLOCK_D)  # (BLOCK_N, D)
-    b_grad = load_tokens(p_grad + i_b * s_gb + i_h * s_gh, s_gn, s_gd, o_n, o_n < N, E, BLOCK_E)  # (BLOCK_N, E)
+    p_query += i_b * s_qb + i_h * s_qh
+    p_grad += i_b * s_gb + i_h * s_gh
+    b_query = load_tokens(p_query, s_qn, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+    b_grad = load_tokens(p_grad, s_gn, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     delta = tl.zeros((BLOCK_N,), tl.float32)
@@ -110,9 +114,10 @@ def query_sums_kernel(
         b_grad_mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         b_grad_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in tl.range(0, SPLIT, BLOCK_N):
-            o_n = i_split * SPLIT + start + tl.arange(0, BLOCK_N)
-            b_query = load_tokens(p_query, s_qn, s_qd, o_n, o_n < N, D, BLOCK_D)  # (BLOCK_N, D)
-            b_grad = load_tokens(p_grad, s_gn, s_gd, o_n, o_n < N, E, BLOCK_E)  # (BLOCK_N, E)
+            first = i_split * SPLIT + start
+            o_n = first + tl.arange(0, BLOCK_N)
+            b_query = load_tokens(p_query, s_qn, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+            b_grad = load_tokens(p_grad, s_gn, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
             logits, _ = query_logits(
                 b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale, HAS_ABSENT, BLOCK_D, PRECISION
             )
@@ -296,18 +301,19 @@ def keys_kernel(
     p_key += i_b * s_kb + i_h * s_kh
     p_value += i_b * s_vb + i_h * s_vh
     dtype: tl.constexpr = p_key.dtype.element_ty
-    o_d, o_e = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    p_grad_key += i_bh.to(tl.int64) * S * D
+    p_grad_value += i_bh.to(tl.int64) * S * E
     drop = tl.exp2(-lift)
     p_sums += i_bh.to(tl.int64) * M * (D + E)
     b_grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in tl.range(0, SPLIT, BLOCK_N):
-        o_n = i_split * SPLIT + start + tl.arange(0, BLOCK_N)
-        inside = o_n < S
-        valid = inside
+        begin = i_split * SPLIT + start
+        o_n = begin + tl.arange(0, BLOCK_N)
+        valid = o_n < S
         if HAS_MASK:
             valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
-        b_key = load_tokens(p_key, s_kn, s_kd, o_n, valid, D, BLOCK_D)  # (BLOCK_N, D)
-        b_value = load_tokens(p_value, s_vn, s_vd, o_n, valid, E, BLOCK_E)  # (BLOCK_N, E)
+        b_key = load_tokens(p_key, s_kn, s_kd, begin, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+        b_value = load_tokens(p_value, s_vn, s_vd, begin, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
         b_grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         b_grad_value = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         last = i_m + BLOCK_M if SUM else M
@@ -341,17 +347,10 @@ def keys_kernel(
                         p_sums, 0, p_key_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
                         i_bh, H, o_n, valid, M, E, BLOCK_E,
                     )  # fmt: skip
-            row = i_bh.to(tl.int64) * S + o_n
-            tl.store(
-                p_grad_key + row[:, None] * D + o_d[None, :], b_grad_key.to(dtype),
-                mask=inside[:, None] & (o_d[None, :] < D),
-            )  # fmt: skip
-            tl.store(
-                p_grad_value + row[:, None] * E + o_e[None, :], b_grad_value.to(dtype),
-                mask=inside[:, None] & (o_e[None, :] < E),
-            )  # fmt: skip
+            store_tokens(p_grad_key, begin, b_grad_key, S, D, BLOCK_N, BLOCK_D)
+            store_tokens(p_grad_value, begin, b_grad_value, S, E, BLOCK_N, BLOCK_E)
     if SUM:
-        o_m = i_m + tl.arange(0, BLOCK_M)
+        o_m, o_d = i_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         p_parts += (i_bh * splits + i_split).to(tl.int64) * M * D
         tl.store(
             p_parts + o_m[:, None] * D + o_d[None, :], b_grad_query * drop,
@@ -375,11 +374,12 @@ def query_kernel(
     p_query += i_b * s_qb + i_h * s_qh
     p_grad += i_b * s_gb + i_h * s_gh
     dtype: tl.constexpr = p_query.dtype.element_ty
-    o_d = tl.arange(0, BLOCK_D)
+    p_grad_query += i_bh.to(tl.int64) * N * D
     for step in tl.range(0, STEPS):
-        o_n = begin + step * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_query = load_tokens(p_query, s_qn, s_qd, o_n, o_n < N, D, BLOCK_D)  # (BLOCK_N, D)
-        b_grad = load_tokens(p_grad, s_gn, s_gd, o_n, o_n < N, E, BLOCK_E)  # (BLOCK_N, E)
+        first = begin + step * BLOCK_N
+        o_n = first + tl.arange(0, BLOCK_N)
+        b_query = load_tokens(p_query, s_qn, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+        b_grad = load_tokens(p_grad, s_gn, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
         row = i_bh.to(tl.int64) * N + o_n
         b_grad_query = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for start in tl.range(0, M if MANY else BLOCK_M, BLOCK_M, num_stages=1):
@@ -403,7 +403,4 @@ def query_kernel(
                 p_grad_query_means, M * D, p_query_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
                 i_bh, H, o_n, o_n < N, M, D, BLOCK_D,
             )  # fmt: skip
-        tl.store(
-            p_grad_query + row[:, None] * D + o_d[None, :], b_grad_query.to(dtype),
-            mask=(o_n[:, None] < N) & (o_d[None, :] < D),
-        )  # fmt: skip
+        store_tokens(p_grad_query, first, b_grad_query, N, D, BLOCK_N, BLOCK_D)

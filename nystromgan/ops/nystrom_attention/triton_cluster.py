@@ -11,7 +11,21 @@ from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.triton_forward import absent, load_landmarks, load_tokens
 from nystromgan.ops.nystrom_attention.triton_pool import index_means, index_strides, means_of_sums
 
-FUSED_MOST = 128  # landmarks whose sums one program holds
+
+@triton.jit
+def _exact_products(b_token, b_landmark, PRECISION: tl.constexpr):
+    """x . m to float32's digits: half precision tokens are exact as they are, and landmarks are sums of three such."""
+    if b_token.dtype == tl.float32 or PRECISION == "interpreted":
+        return dot(
+            b_token.to(tl.float32), tl.trans(b_landmark),
+            tl.zeros((b_token.shape[0], b_landmark.shape[0]), tl.float32), PRECISION,
+        )  # fmt: skip
+    high = b_landmark.to(b_token.dtype)
+    rest = b_landmark - high.to(tl.float32)
+    middle = rest.to(b_token.dtype)
+    low = (rest - middle.to(tl.float32)).to(b_token.dtype)
+    score = tl.dot(b_token, tl.trans(middle), tl.dot(b_token, tl.trans(low)))
+    return tl.dot(b_token, tl.trans(high), score)
 
 
 @triton.jit
@@ -35,15 +49,16 @@ def lloyd_kernel(
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b_count = tl.zeros((BLOCK_M,), tl.float32)
     for begin in tl.range(0, SPLIT, BLOCK_N):
-        o_n = i_split * SPLIT + begin + tl.arange(0, BLOCK_N)
+        first_n = i_split * SPLIT + begin
+        o_n = first_n + tl.arange(0, BLOCK_N)
         start = tl.load(p_start + o_n.to(tl.int64) * s_in, mask=o_n < N, other=-1)
-        b_token = load_tokens(p_tokens, s_n, s_d, o_n, start >= 0, D, BLOCK_D)  # (BLOCK_N, D)
+        b_token = load_tokens(p_tokens, s_n, s_d, first_n, start >= 0, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
         best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         b_index = tl.zeros((BLOCK_N,), tl.int32)
         for first in tl.range(0, BLOCK_M if ADD else M, BLOCK_M, num_stages=1):
             o_m = first + tl.arange(0, BLOCK_M)
             b_landmark = load_landmarks(p_landmarks, i_bh, o_m, M, D, BLOCK_D)  # (M, D)
-            score = tl.dot(b_token.to(tl.float32), tl.trans(b_landmark), input_precision="tf32x3")  # (BLOCK_N, M)
+            score = _exact_products(b_token, b_landmark, PRECISION)  # (BLOCK_N, M)
             score -= 0.5 * tl.sum(b_landmark * b_landmark, 1)[None, :]
             score = tl.where(absent(p_absent, i_bh // H, o_m, M, HAS_ABSENT)[None, :], float("-inf"), score)
             largest = tl.max(score, 1)
@@ -71,20 +86,22 @@ def _lloyd_step(
     """The landmarks after one step; writes the assignment to `index`."""
     batch, heads, count, dim = tokens.shape
     num_landmarks = landmarks.shape[2]
-    fused = num_landmarks <= FUSED_MOST
+    block_d = _triton.tile(dim)
+    config = tuning.choose("lloyd", tokens.dtype, block_d)
+    block_m = _triton.tile(num_landmarks, config.landmarks)
+    fused = num_landmarks <= block_m
     split = tuning.split_tokens(count)
     splits = triton.cdiv(count, split)
     sums = landmarks.new_empty(batch * heads, splits, num_landmarks, dim if fused else 0)
     totals = landmarks.new_empty(batch * heads, splits, num_landmarks)
-    block_m, block_d = _triton.tile(num_landmarks, FUSED_MOST if fused else 64), _triton.tile(dim)
     lloyd_kernel[(batch * heads * splits,)](
         tokens, *tokens.stride(), start, *index_strides(start), landmarks,
         index if absent is None else absent.contiguous().view(torch.uint8),
         index if frozen is None else frozen.contiguous().view(torch.uint8),
         index, sums, totals, heads, count, num_landmarks, dim, splits,
         HAS_ABSENT=absent is not None, HAS_FROZEN=frozen is not None, ADD=fused, SPLIT=split,
-        BLOCK_M=block_m, BLOCK_N=tuning.tokens_of("lloyd", tokens.dtype, block_d), BLOCK_D=block_d,
-        PRECISION=_triton.precision(tokens.dtype), **tuning.launch("lloyd", tokens.dtype, block_m, block_d),
+        BLOCK_M=block_m, BLOCK_N=config.tokens, BLOCK_D=block_d,
+        PRECISION=_triton.precision(tokens.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if fused:
         return means_of_sums(sums, totals, landmarks.shape, landmarks)

@@ -23,11 +23,23 @@ def load_landmarks(p, i_bh, o_m, M, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(p, s_n, s_d, o_n, valid, D, BLOCK_D: tl.constexpr):
-    """Tokens o_n of one head, zero where not `valid`, which may hold anything."""
-    o_d = tl.arange(0, BLOCK_D)
-    offsets = o_n.to(tl.int64)[:, None] * s_n + o_d.to(tl.int64)[None, :] * s_d
-    return tl.load(p + offsets, mask=valid[:, None] & (o_d[None, :] < D), other=0.0)
+def load_tokens(p, s_n, s_d, first, valid, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_N tokens of one head from `first`, zero where not `valid`, which may hold anything.
+
+    Only the first token's offset takes 64 bits: within a tile 32 do, in half the registers.
+    """
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    p += tl.cast(first, tl.int64) * s_n
+    return tl.load(p + (o_n[:, None] * s_n + o_d[None, :] * s_d), mask=valid[:, None] & (o_d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def store_tokens(p, first, tile, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes BLOCK_N tokens of one head, contiguous (N, D), from `first`."""
+    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    p += tl.cast(first, tl.int64) * D
+    inside = (o_n[:, None] < N - first) & (o_d[None, :] < D)
+    tl.store(p + (o_n[:, None] * D + o_d[None, :]), tile.to(p.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -145,12 +157,13 @@ def landmark_kernel(
         b_total = tl.zeros((BLOCK_M,), tl.float32)
         b_sum = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         for start in tl.range(0, SPLIT, BLOCK_N):
-            o_n = i_split * SPLIT + start + tl.arange(0, BLOCK_N)
+            first = i_split * SPLIT + start
+            o_n = first + tl.arange(0, BLOCK_N)
             valid = o_n < S
             if HAS_MASK:
                 valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
-            b_key = load_tokens(p_key, s_kn, s_kd, o_n, valid, D, BLOCK_D)  # (BLOCK_N, D)
-            b_value = load_tokens(p_value, s_vn, s_vd, o_n, valid, E, BLOCK_E)  # (BLOCK_N, E)
+            b_key = load_tokens(p_key, s_kn, s_kd, first, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+            b_value = load_tokens(p_value, s_vn, s_vd, first, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
             logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             logits = tl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
             largest = tl.maximum(b_largest, tl.max(logits, 1))
@@ -231,14 +244,14 @@ def output_kernel(
     p_query += i_b * s_qb + i_h * s_qh
     p_output += i_bh.to(tl.int64) * N * E
     dtype: tl.constexpr = p_query.dtype.element_ty
-    o_e = tl.arange(0, BLOCK_E)
     o_m = tl.arange(0, BLOCK_M)
     b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
     b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
     beyond = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
     for step in tl.range(0, STEPS):
-        o_n = first + step * BLOCK_N + tl.arange(0, BLOCK_N)
-        b_query = load_tokens(p_query, s_qn, s_qd, o_n, o_n < N, D, BLOCK_D)  # (BLOCK_N, D)
+        start_n = first + step * BLOCK_N
+        valid = start_n + tl.arange(0, BLOCK_N) < N
+        b_query = load_tokens(p_query, s_qn, s_qd, start_n, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
         logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         logits = tl.where(beyond[None, :], float("-inf"), logits * (scale * LOG2E))
         largest = tl.max(logits, 1)
@@ -262,7 +275,4 @@ def output_kernel(
                 b_output = dot(weights.to(dtype), b_more, b_output * decay[:, None], PRECISION)
                 largest = larger
         b_output /= tl.where(total == 0.0, 1.0, total)[:, None]
-        tl.store(
-            p_output + o_n.to(tl.int64)[:, None] * E + o_e[None, :], b_output.to(dtype),
-            mask=(o_n[:, None] < N) & (o_e[None, :] < E),
-        )  # fmt: skip
+        store_tokens(p_output, start_n, b_output, N, E, BLOCK_N, BLOCK_E)

@@ -14,6 +14,7 @@ from nystromgan import _triton
 from nystromgan._triton import dot
 from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.landmarks import cached_grid_index
+from nystromgan.ops.nystrom_attention.triton_forward import load_tokens
 
 
 @triton.jit
@@ -79,10 +80,10 @@ def index_sum_kernel(
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b_count = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, SPLIT, BLOCK_N):
-        o_n = (i_split * SPLIT + start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        b_index = tl.load(p_index + o_n * s_in, mask=o_n < N, other=-1)  # (BLOCK_N,)
-        inside = (b_index >= 0)[:, None] & (o_d[None, :] < D)
-        b = tl.load(p_tokens + o_n[:, None] * s_n + o_d[None, :].to(tl.int64) * s_d, mask=inside, other=0.0)
+        first = i_split * SPLIT + start
+        o_n = first + tl.arange(0, BLOCK_N)
+        b_index = tl.load(p_index + o_n.to(tl.int64) * s_in, mask=o_n < N, other=-1)  # (BLOCK_N,)
+        b = load_tokens(p_tokens, s_n, s_d, first, b_index >= 0, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
         member = o_m[:, None] == b_index[None, :]  # (BLOCK_M, BLOCK_N)
         b_sum = dot(member.to(tl.float32).to(b.dtype), b, b_sum, PRECISION)
         b_count += tl.sum(member.to(tl.float32), 1)
@@ -156,15 +157,17 @@ def index_means(tokens: Tensor, index: Tensor, num_landmarks: int, fallback: Ten
     batch, heads, count, dim = tokens.shape
     split = tuning.split_tokens(count)
     splits = triton.cdiv(count, split)
-    block_m, block_d = _triton.tile(num_landmarks, 64), _triton.tile(dim)
+    block_d = _triton.tile(dim)
+    config = tuning.choose("index_sum", tokens.dtype, block_d)
+    block_m = _triton.tile(num_landmarks, config.landmarks)
     m_blocks = triton.cdiv(num_landmarks, block_m)
     sums = tokens.new_empty(batch * heads, splits, num_landmarks, dim, dtype=torch.float32)
     totals = tokens.new_empty(batch * heads, splits, num_landmarks, dtype=torch.float32)
     index_sum_kernel[(batch * heads * splits * m_blocks,)](
         tokens, *tokens.stride(), index, *index_strides(index), sums, totals,
         heads, count, num_landmarks, dim, splits, m_blocks, SPLIT=split, BLOCK_M=block_m, BLOCK_D=block_d,
-        BLOCK_N=tuning.tokens_of("index_sum", tokens.dtype, block_d), PRECISION=_triton.precision(tokens.dtype),
-        num_warps=4, num_stages=2,
+        BLOCK_N=config.tokens, PRECISION=_triton.precision(tokens.dtype),
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return means_of_sums(sums, totals, (batch, heads, num_landmarks, dim), fallback)
 
@@ -189,7 +192,7 @@ def index_counts(index: Tensor, num_landmarks: int) -> Tensor:
     counts = torch.empty(batch, heads, num_landmarks, dtype=torch.float32, device=index.device)
     blocks = triton.cdiv(num_landmarks, 16)
     count_kernel[(batch * heads * blocks,)](
-        index, *index.stride(), counts, heads, count, num_landmarks, blocks, BLOCK_M=16, BLOCK_N=256, num_warps=4
+        index, *index.stride(), counts, heads, count, num_landmarks, blocks, BLOCK_M=16, BLOCK_N=128, num_warps=4
     )
     return counts
 

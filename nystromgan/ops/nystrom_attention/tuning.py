@@ -1,11 +1,21 @@
-"""Launch configurations of `nystrom_attention` in Triton, by pass, dtype and head dim class.
+"""Launch configurations of `nystrom_attention` in Triton, by pass, dtype class and head dim class.
 
 Only the shapes of one batch and head enter, so that a row's bits do not depend on what else is in the batch.
 """
 
+from typing import NamedTuple
+
 import torch
 
-Config = dict[str, int]
+
+class Config(NamedTuple):
+    """The most landmarks of a tile, its tokens, and the launch options."""
+
+    landmarks: int
+    tokens: int
+    num_warps: int
+    num_stages: int
+
 
 SPLITS = 32  # programs that share the tokens of one head: eight heads fill the 132 SMs of an H200 twice
 SPLIT_LEAST = 256
@@ -21,31 +31,28 @@ def steps(count: int) -> int:
     return 8 if count >= 32768 else 2 if count >= 4096 else 1
 
 
-# Tokens of a tile by (pass, half precision, widest head dim tile): the largest that spills nothing.
-TOKENS: dict[tuple[str, bool], dict[int, int]] = {
-    ("index_sum", True): {16: 64, 32: 64, 64: 64, 128: 64, 256: 32},
-    ("index_sum", False): {16: 64, 32: 64, 64: 32, 128: 32, 256: 16},
-    ("lloyd", True): {16: 64, 32: 64, 64: 64, 128: 32, 256: 16},
-    ("lloyd", False): {16: 64, 32: 64, 64: 32, 128: 32, 256: 16},
-    ("landmarks", True): {16: 64, 32: 64, 64: 64, 128: 64, 256: 32},
-    ("landmarks", False): {16: 64, 32: 64, 64: 32, 128: 32, 256: 16},
-    ("output", True): {16: 64, 32: 64, 64: 64, 128: 64, 256: 64},
-    ("output", False): {16: 64, 32: 64, 64: 64, 128: 32, 256: 16},
-    ("query_sums", True): {16: 64, 32: 64, 64: 64, 128: 32, 256: 32},
-    ("query_sums", False): {16: 64, 32: 32, 64: 32, 128: 16, 256: 16},
-    ("keys", True): {16: 64, 32: 64, 64: 64, 128: 32, 256: 32},
-    ("keys", False): {16: 64, 32: 32, 64: 32, 128: 16, 256: 16},
-    ("query", True): {16: 64, 32: 64, 64: 64, 128: 64, 256: 32},
-    ("query", False): {16: 64, 32: 64, 64: 32, 128: 32, 256: 16},
+# By (pass, half precision) and the wider head dim's tile, up to which a row serves. Chosen by compiling for sm_80,
+# sm_90 and sm_100: the largest tiles that spill nothing and keep to the shared memory of sm_86.
+TABLE: dict[tuple[str, bool], dict[int, Config]] = {
+    ("index_sum", True): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 2)},
+    ("index_sum", False): {64: Config(32, 32, 4, 1), 128: Config(16, 32, 4, 1), 256: Config(16, 16, 4, 1)},
+    ("lloyd", True): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(16, 16, 8, 1)},
+    ("lloyd", False): {64: Config(32, 32, 4, 1), 128: Config(16, 16, 4, 1), 256: Config(16, 16, 4, 1)},
+    ("landmarks", True): {64: Config(64, 64, 4, 3), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 2)},
+    ("landmarks", False): {64: Config(32, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("output", True): {64: Config(128, 64, 8, 3), 128: Config(64, 64, 8, 2), 256: Config(64, 32, 8, 2)},
+    ("output", False): {64: Config(64, 32, 8, 1), 128: Config(32, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("query_stats", True): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    ("query_stats", False): {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("query_sums", True): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    ("query_sums", False): {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("keys", True): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    ("keys", False): {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("query", True): {64: Config(64, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    ("query", False): {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
 }
 
 
-def tokens_of(name: str, dtype: torch.dtype, widest: int) -> int:
-    """Tokens of a tile of pass `name`; `widest` is the larger tile of the head dims."""
-    return TOKENS[name, dtype != torch.float32][widest]
-
-
-def launch(name: str, dtype: torch.dtype, landmarks: int, widest: int) -> Config:
-    """Warps and stages of pass `name` on tiles of `landmarks` landmarks."""
-    warps = 8 if landmarks >= 128 or widest >= 128 else 4
-    return {"num_warps": warps, "num_stages": 3 if dtype != torch.float32 and widest <= 64 else 2}
+def choose(name: str, dtype: torch.dtype, widest: int) -> Config:
+    """The configuration of pass `name`; `widest` is the larger tile of the head dims."""
+    return TABLE[name, dtype != torch.float32][max(widest, 64)]
