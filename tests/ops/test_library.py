@@ -156,10 +156,11 @@ def recorded_calls(function: Callable[..., Tensor], leaves: list[Tensor]) -> lis
         output = function(*leaves)
         torch.autograd.grad(output, differentiable(leaves), torch.ones_like(output))
 
-    def leaf(x: object) -> object:
-        return x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x
+    def leaf(op: object, x: object) -> object:
+        differentiated = op is not OPS.cluster_landmarks.default  # assignments are constants
+        return x.detach().requires_grad_(differentiated and x.is_floating_point()) if isinstance(x, Tensor) else x
 
-    return [(op, tuple(leaf(x) for x in args)) for op, args in calls]
+    return [(op, tuple(leaf(op, x) for x in args)) for op, args in calls]
 
 
 class TestCompile:

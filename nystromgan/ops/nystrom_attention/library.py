@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nystromgan import _library
 from nystromgan.ops.nystrom_attention import reference
-from nystromgan.ops.nystrom_attention.landmarks import Plan, cached_grid_index
+from nystromgan.ops.nystrom_attention.landmarks import Plan, cached_grid_index, grid_index
 
 OP = "nystrom_attention"
 
@@ -30,13 +30,20 @@ NUM_PLAN = len(Plan._fields)
 Outputs = tuple[Tensor, ...]
 
 
-def _resolved(plan: Plan, query_grid: list[int], key_grid: list[int], landmark_grid: list[int], device: Any) -> Plan:
+def _resolved(
+    plan: Plan,
+    query_grid: list[int],
+    key_grid: list[int],
+    landmark_grid: list[int],
+    device: torch.device,
+    index: Callable[..., Tensor] = cached_grid_index,
+) -> Plan:
     """The plan with the layout's index on a side that has neither landmarks nor index."""
     counts = tuple(landmark_grid)
     if plan.query_landmarks is None and plan.query_index is None:
-        plan = plan._replace(query_index=cached_grid_index(tuple(query_grid), counts, device))
+        plan = plan._replace(query_index=index(tuple(query_grid), counts, device))
     if plan.key_landmarks is None and plan.key_index is None:
-        plan = plan._replace(key_index=cached_grid_index(tuple(key_grid), counts, device))
+        plan = plan._replace(key_index=index(tuple(key_grid), counts, device))
     return plan
 
 
@@ -149,7 +156,8 @@ def _save_backward(ctx, inputs, output):
 def _differentiate_backward(ctx, *grad_grads):
     grad_output, query, key, value, *fields = ctx.saved_tensors
     query_grid, key_grid, landmark_grid, count, scale, iterations, global_init, _ = ctx.options
-    plan = _resolved(Plan(*fields), query_grid, key_grid, landmark_grid, query.device)
+    # Made afresh: this is traced, where a kept tensor has no place.
+    plan = _resolved(Plan(*fields), query_grid, key_grid, landmark_grid, query.device, grid_index)
     given = [_is_given(plan, "query"), _is_given(plan, "key")]
 
     def definition(query, key, value, query_landmarks, key_landmarks):
