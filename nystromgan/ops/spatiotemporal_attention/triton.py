@@ -11,6 +11,7 @@ Source: Dao, "FlashAttention-2: faster attention with better parallelism and wor
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,8 +88,9 @@ def _forward_kernel(
     query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s, value_b, value_h, value_e, value_s, mask_b, mask_s,
     residual_b, residual_h, residual_e, residual_n,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
-    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, PADDED: tl.constexpr,
+    TOKEN_MAJOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_n, i_slice = _place(num_tokens, BLOCK_N, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
@@ -116,13 +118,13 @@ def _forward_kernel(
     for i_s in range(0, num_keys, BLOCK_S):
         m_bound = i_s + o_s < num_keys
         if C <= TILE_C:
-            b_key = _load(key + o_key, m_c, m_bound, ALL_C, ALL_S)  # [TILE_C, BLOCK_S]
+            b_key = _load(key + o_key, m_c, m_bound, ALL_C, ALL_S or PADDED)  # [TILE_C, BLOCK_S]
             b_logits = dot(b_query, b_key, None, PRECISION)  # [BLOCK_N, BLOCK_S]
         else:
             b_logits = sign * _product(
                 query, key, o_n, o_s, m_n, m_bound, query_c, query_n, key_c, key_s, C, TILE_C, WIDE, PRECISION
             )
-        b_value = _load(value + o_value, m_e, m_bound, ALL_E, ALL_S)  # [TILE_E, BLOCK_S]
+        b_value = _load(value + o_value, m_e, m_bound, ALL_E, ALL_S or PADDED)  # [TILE_E, BLOCK_S]
         if ALL_S and mask is None:
             b_new = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
             b_shift = b_new
@@ -168,8 +170,9 @@ def _grad_query_kernel(
     num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
     value_b, value_h, value_e, value_s, mask_b, mask_s, attended_b, attended_h, attended_e, attended_n,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
-    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, PADDED: tl.constexpr,
+    TOKEN_MAJOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_n, i_slice = _place(num_tokens, BLOCK_N, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
@@ -209,7 +212,7 @@ def _grad_query_kernel(
         m_s = m_bound
         if mask is not None:
             m_s = _kept(p_mask, i_s + o_s, mask_s, num_keys)
-        b_key = _load(key + o_key, m_c, m_bound, ALL_C, ALL_S)  # [TILE_C, BLOCK_S]
+        b_key = _load(key + o_key, m_c, m_bound, ALL_C, ALL_S or PADDED)  # [TILE_C, BLOCK_S]
         if mask is not None:
             b_key = tl.where(m_s[None, :], b_key, 0.0)  # what is masked may be NaN
         if C <= TILE_C:
@@ -220,7 +223,7 @@ def _grad_query_kernel(
             )
         b_weights = tl.exp2(b_logits * (scale * LOG2E) - b_lse[:, None])
         if E <= TILE_E:
-            b_value = _load(value + o_value, m_e, m_bound, ALL_E, ALL_S)  # [TILE_E, BLOCK_S]
+            b_value = _load(value + o_value, m_e, m_bound, ALL_E, ALL_S or PADDED)  # [TILE_E, BLOCK_S]
             b_grad_weights = dot(b_grad, b_value, None, PRECISION)
         else:
             b_grad_weights = _product(
@@ -247,8 +250,9 @@ def _grad_key_value_kernel(
     num_keys, grad_b, grad_h, grad_e, grad_n, query_b, query_h, query_c, query_n, key_b, key_h, key_c, key_s,
     value_b, value_h, value_e, value_s, mask_b, mask_s,
     C: tl.constexpr, E: tl.constexpr, TILE_C: tl.constexpr, TILE_E: tl.constexpr, SLICES: tl.constexpr,
-    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, TOKEN_MAJOR: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALL_C: tl.constexpr, ALL_E: tl.constexpr, ALL_N: tl.constexpr, ALL_S: tl.constexpr, PADDED: tl.constexpr,
+    TOKEN_MAJOR: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     i_bh, i_s, i_slice = _place(num_keys, BLOCK_S, SLICES)
     i_b, i_h = i_bh // num_heads, i_bh % num_heads
@@ -284,8 +288,8 @@ def _grad_key_value_kernel(
     step = tl.full([], BLOCK_N, tl.int64)
     for i_n in range(0, num_tokens, BLOCK_N):
         m_n = i_n + o_n < num_tokens
-        b_query = _load(query + o_query, m_c, m_n, ALL_C, ALL_N)  # [TILE_C, BLOCK_N]
-        b_grad = _load(grad_output + o_grad, m_e, m_n, ALL_E, ALL_N)  # [TILE_E, BLOCK_N]
+        b_query = _load(query + o_query, m_c, m_n, ALL_C, ALL_N or PADDED)  # [TILE_C, BLOCK_N]
+        b_grad = _load(grad_output + o_grad, m_e, m_n, ALL_E, ALL_N or PADDED)  # [TILE_E, BLOCK_N]
         b_lse = (
             tl.load(logsumexp + i_n + o_n, mask=m_n, other=float("inf")) * LOG2E
         )  # beyond the tokens: weights of zero
@@ -347,12 +351,14 @@ def spatiotemporal_attention(
     attended = torch.empty_like(output) if save and gamma is not None else None
     logsumexp = query.new_empty((batch, heads, tokens), dtype=torch.float32) if save else None
     mask = _as_bytes(key_padding_mask)
+    keys = key.shape[3]
+    key, value, padded = _padded(key, value)
     strides = (*query.stride(), *key.stride(), *value.stride(), *_strides(mask, 2), *_strides(residual, 4))
-    grid, constants = _configure("forward", query, key, value, token_major, residual, output)
+    grid, constants = _configure("forward", query, key, value, keys, token_major, padded, residual, output)
     with _triton.launch_on(query):
         _forward_kernel[grid](
             query, key, value, mask, gamma, residual, output, attended, logsumexp, scale, heads, tokens,
-            key.shape[3], *strides, **constants,
+            keys, *strides, **constants,
         )  # fmt: skip
     if attended is None:
         attended = query.new_empty(0)
@@ -379,18 +385,20 @@ def spatiotemporal_attention_backward(
     grads = [_empty_maps(x, x.shape[2], x.shape[3], token_major) for x in (query, key, value)]
     rowdot = torch.empty_like(logsumexp)
     mask = _as_bytes(key_padding_mask)
-    strides = (*grad_output.stride(), *query.stride(), *key.stride(), *value.stride(), *_strides(mask, 2))
-    tensors = (grad_output, attended, *grads)
     with _triton.launch_on(query):
-        grid, constants = _configure("grad_query", query, key, value, token_major, *tensors)
+        read_key, read_value, padded = _padded(key, value)
+        operands = (grad_output, query, read_key, read_value)
+        grid, constants = _configure("grad_query", *operands[1:], keys, token_major, padded, grad_output, attended)
         _grad_query_kernel[grid](
-            grad_output, query, key, value, mask, gamma, attended, logsumexp, rowdot, grads[0], scale, heads, tokens,
-            keys, *strides, *attended.stride(), **constants,
+            *operands, mask, gamma, attended, logsumexp, rowdot, grads[0], scale, heads, tokens, keys,
+            *_all_strides(operands), *_strides(mask, 2), *attended.stride(), **constants,
         )  # fmt: skip
-        grid, constants = _configure("grad_key_value", query, key, value, token_major, *tensors)
+        read_query, read_grad, padded = _padded(query, grad_output)
+        operands = (read_grad, read_query, key, value)
+        grid, constants = _configure("grad_key_value", *operands[1:], keys, token_major, padded, read_grad)
         _grad_key_value_kernel[grid](
-            grad_output, query, key, value, mask, gamma, logsumexp, rowdot, *grads[1:], scale, heads, tokens, keys,
-            *strides, **constants,
+            *operands, mask, gamma, logsumexp, rowdot, *grads[1:], scale, heads, tokens, keys,
+            *_all_strides(operands), *_strides(mask, 2), **constants,
         )  # fmt: skip
     grad_gamma = rowdot.sum() if gamma is not None else rowdot.new_empty(())
     return grads[0], grads[1], grads[2], grad_gamma
@@ -408,9 +416,35 @@ def _as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
+def _padded(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Both operands of a loop, copied where they cannot be read 16 bytes at once; then zeros follow, up to a full block.
+
+    Every program reads all of them: element by element it has no registers for the addresses (2 KB spilled at E = 256),
+    and the copy is one reading more of the many.
+    """
+    if _reads_wide(first) and _reads_wide(second):
+        return first, second, False
+    tokens = first.shape[3]
+    room = triton.cdiv(tokens, 128) * 128 - tokens
+    first, second = (F.pad(x, (0, room))[..., :tokens] if room else x.contiguous() for x in (first, second))
+    return first, second, True
+
+
+def _reads_wide(tensor: Tensor) -> bool:
+    """Whether Triton can read 16 bytes at once: it looks for multiples of 16, in strides and in the bound of a mask."""
+    rest, rows, cols = (*tensor.stride()[:2],), tensor.stride(2), tensor.stride(3)
+    contiguous = tensor.shape[3] if cols == 1 else tensor.shape[2] if rows == 1 else 1
+    across = rows if cols == 1 else cols
+    return all(x % 16 == 0 for x in (contiguous, across, *rest, tensor.data_ptr()))
+
+
 def _reaches_far(tensor: Tensor | None) -> bool:
     """Whether a tile of (B, H, channels, tokens) may span more elements than 32 bits count."""
     return tensor is not None and 256 * max(tensor.stride(2), tensor.stride(3)) > 2**30
+
+
+def _all_strides(tensors: tuple[Tensor, ...]) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()]
 
 
 def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
@@ -418,15 +452,23 @@ def _strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
 
 
 def _configure(
-    kernel: str, query: Tensor, key: Tensor, value: Tensor, token_major: bool, *others: Tensor | None
+    kernel: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: int,
+    token_major: bool,
+    padded: bool,
+    *others: Tensor | None,
 ) -> tuple[tuple[int], dict[str, Any]]:
     """The grid of a kernel for these operands, and its compile-time constants with the tuned configuration."""
     batch, heads, channels, tokens = query.shape
-    value_channels, keys = value.shape[2:]
+    value_channels = value.shape[2]
     # A float32 operand of a product lies in registers whole, in two parts: wide ones are taken in slices.
     most = 64 if query.dtype == torch.float32 else 256
     tile_c, tile_e = _triton.tile(channels, most), _triton.tile(value_channels, most)
-    config = tuning.choose(kernel, _triton.architecture(query), tile_c, tile_e, query.element_size())
+    sliced = max(channels, value_channels) > most
+    config = tuning.choose(kernel, _triton.architecture(query), tile_c, tile_e, query.element_size(), sliced)
     slices_c, slices_e = triton.cdiv(channels, tile_c), triton.cdiv(value_channels, tile_e)
     slices = {"forward": slices_e, "grad_query": slices_c, "grad_key_value": max(slices_c, slices_e)}[kernel]
     blocks = triton.cdiv(keys, config.BLOCK_S) if kernel == "grad_key_value" else triton.cdiv(tokens, config.BLOCK_N)
@@ -441,6 +483,7 @@ def _configure(
         "ALL_E": value_channels % tile_e == 0 and slices_e in (1, slices),
         "ALL_N": tokens % config.BLOCK_N == 0,
         "ALL_S": keys % config.BLOCK_S == 0,
+        "PADDED": padded,
         "TOKEN_MAJOR": token_major,
         "WIDE": any(_reaches_far(x) for x in (query, key, value, *others)),
         "PRECISION": _triton.precision(query.dtype),

@@ -27,35 +27,35 @@ CANDIDATES = {
 
 # By kernel, architecture and bytes an element, the configurations for these columns: heads whose queries and keys are
 # narrow (at most 32 channels, as in SAGAN and SAVGAN) or wide, and tiles of at most 64, 128 or 256 channels in all.
-# Tiles of float32 have 64 at most.
+# Tiles of float32 have 64 at most; the third column is that of wider heads, which come in slices.
 COLUMNS = (("narrow", 64), ("wide", 64), ("narrow", 128), ("wide", 128), ("narrow", 256), ("wide", 256))
 TABLE = {
     ("forward", 80, 2): ("128x64/4/2", "64x64/4/2", "64x64/4/2", "64x32/4/2", "64x32/8/2", "64x32/8/2"),
     ("forward", 90, 2): ("128x64/4/3", "128x64/8/3", "128x64/8/3", "128x64/8/3", "128x64/8/2", "64x64/8/2"),
     ("forward", 100, 2): ("128x64/8/3", "128x64/8/3", "128x64/8/3", "128x64/8/2", "64x64/8/2", "64x64/8/2"),
-    ("forward", 80, 4): ("32x32/8/1", "32x32/8/1"),
-    ("forward", 90, 4): ("64x32/4/2", "64x32/4/2"),
-    ("forward", 100, 4): ("64x32/4/1", "64x32/8/1"),
+    ("forward", 80, 4): ("32x32/8/1", "32x32/8/1", "32x32/8/1"),
+    ("forward", 90, 4): ("64x32/4/2", "64x32/4/2", "32x32/8/1"),
+    ("forward", 100, 4): ("64x32/4/1", "64x32/8/1", "64x32/8/1"),
     ("grad_query", 80, 2): ("64x64/4/2", "64x64/4/2", "64x64/8/2", "64x32/8/2", "64x32/8/2", "32x32/8/2"),
     ("grad_query", 90, 2): ("128x64/8/2", "128x64/8/2", "128x64/8/2", "128x64/8/2", "64x64/8/2", "64x64/8/2"),
     ("grad_query", 100, 2): ("128x64/8/2", "128x64/8/2", "128x64/8/2", "128x64/8/2", "64x64/4/2", "64x32/4/2"),
-    ("grad_query", 80, 4): ("32x16/4/1", "32x32/4/1"),
-    ("grad_query", 90, 4): ("64x32/4/2", "64x32/8/2"),
-    ("grad_query", 100, 4): ("64x32/8/1", "64x32/8/1"),
+    ("grad_query", 80, 4): ("32x16/4/1", "32x32/4/1", "32x16/4/1"),
+    ("grad_query", 90, 4): ("64x32/4/2", "64x32/8/2", "32x32/8/1"),
+    ("grad_query", 100, 4): ("64x32/8/1", "64x32/8/1", "64x32/8/1"),
     ("grad_key_value", 80, 2): ("64x64/8/2", "32x64/8/2", "32x64/8/2", "32x64/8/2", "16x64/8/2", "32x32/8/2"),
     ("grad_key_value", 90, 2): ("64x128/8/2", "64x128/8/2", "64x128/8/2", "64x64/8/2", "32x64/8/2", "32x64/8/2"),
     ("grad_key_value", 100, 2): ("64x128/8/2", "64x64/4/2", "64x128/8/2", "64x128/8/2", "64x64/4/2", "64x64/8/1"),
-    ("grad_key_value", 80, 4): ("16x32/8/1", "16x32/4/1"),
-    ("grad_key_value", 90, 4): ("16x64/4/1", "16x64/4/1"),
-    ("grad_key_value", 100, 4): ("32x64/8/1", "32x64/8/1"),
+    ("grad_key_value", 80, 4): ("16x32/8/1", "16x32/4/1", "16x32/4/1"),
+    ("grad_key_value", 90, 4): ("16x64/4/1", "16x64/4/1", "16x64/4/1"),
+    ("grad_key_value", 100, 4): ("32x64/8/1", "32x64/8/1", "32x64/8/1"),
 }
 
 
-def column(tile_c: int, tile_e: int) -> int:
+def column(tile_c: int, tile_e: int, sliced: bool = False) -> int:
     """The place in the table's rows for tiles of (tile_c, tile_e) channels."""
-    return COLUMNS.index(("narrow" if tile_c <= 32 else "wide", max(64, tile_c, tile_e)))
+    return 2 if sliced else COLUMNS.index(("narrow" if tile_c <= 32 else "wide", max(64, tile_c, tile_e)))
 
 
-def choose(kernel: str, architecture: int, tile_c: int, tile_e: int, itemsize: int) -> Config:
+def choose(kernel: str, architecture: int, tile_c: int, tile_e: int, itemsize: int, sliced: bool = False) -> Config:
     """The configuration of `kernel` for tiles of (tile_c, tile_e) channels of `itemsize` bytes."""
-    return Config.named(TABLE[kernel, architecture, itemsize][column(tile_c, tile_e)])
+    return Config.named(TABLE[kernel, architecture, itemsize][column(tile_c, tile_e, sliced)])
