@@ -7,11 +7,12 @@ from nystromgan.functional import (
     power_iteration,
     spatiotemporal_attention,
 )
-from nystromgan.nn import SelfAttention2d, SelfAttention3d
+from nystromgan.nn import NystromAttention, SelfAttention2d, SelfAttention3d, replace_attention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NystromAttention",
     "SelfAttention2d",
     "SelfAttention3d",
     "UnsupportedError",
@@ -20,5 +21,6 @@ __all__ = [
     "iterative_pinv",
     "nystrom_attention",
     "power_iteration",
+    "replace_attention",
     "spatiotemporal_attention",
 ]

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nystromgan import _check
+from nystromgan.nn._cost import warn_if_dearer_than_exact
 from nystromgan.ops.nystrom_attention import nystrom_attention
 from nystromgan.ops.spatiotemporal_attention import spatiotemporal_attention
 
@@ -187,7 +187,7 @@ class _SelfAttention(nn.Module):
             tokens = math.prod(x.shape[2:])
             keys = math.prod(-(-size // block) for size, block in zip(x.shape[2:], self.pool, strict=True))
             dims = (self.query_channels + self.value_channels) // self.num_heads
-            _warn_if_dearer_than_exact(tokens, keys, dims, self._landmark_count(), self.pinv_iterations)
+            warn_if_dearer_than_exact(tokens, keys, dims, self._landmark_count(), self.pinv_iterations)
 
     def extra_repr(self) -> str:
         names = ["channels", "num_heads", "query_channels", "value_channels", "pool"]
@@ -250,19 +250,6 @@ def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ..
     for item in values:
         _check.at_least(name, item, 1)
     return values
-
-
-@functools.lru_cache(maxsize=256)
-def _warn_if_dearer_than_exact(tokens: int, keys: int, dims: int, landmarks: int, pinv_iterations: int) -> None:
-    """Warns, once for each size, where landmarks cost more flops than the exact attention that they approximate."""
-    exact = 2 * tokens * keys * dims
-    nystrom = 2 * (tokens + keys) * landmarks * dims + 8 * pinv_iterations * landmarks**3
-    if landmarks < min(tokens, keys) and nystrom > exact:
-        warnings.warn(
-            f"num_landmarks={landmarks} takes {nystrom / exact:.1f} times the arithmetic of exact attention over "
-            f"{tokens} x {keys} positions: fewer landmarks, or num_landmarks=None, are faster here",
-            stacklevel=5,
-        )
 
 
 def _keep_own_draw(module: _SelfAttention, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
