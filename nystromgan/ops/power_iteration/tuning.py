@@ -19,7 +19,7 @@ CONFIGS = {
     "32x256w": Config(32, 256, 8),
 }  # rows x columns, w: 8 warps instead of 4
 
-TABLE = {80: "16x256", 90: "16x512w", 100: "16x512w"}  # by architecture
+TABLE = {80: "8x512", 90: "16x512w", 100: "16x512w"}  # by architecture
 
 
 def choose(architecture: int) -> Config:

@@ -417,7 +417,7 @@ def _as_bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def _padded(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Both operands of a loop, copied where they cannot be read 16 bytes at once; then zeros follow, up to a full block.
+    """Both operands of a loop, copied where they cannot be read 16 bytes at once; then zeros fill the last block.
 
     Every program reads all of them: element by element it has no registers for the addresses (2 KB spilled at E = 256),
     and the copy is one reading more of the many.
@@ -469,6 +469,8 @@ def _configure(
     tile_c, tile_e = _triton.tile(channels, most), _triton.tile(value_channels, most)
     sliced = max(channels, value_channels) > most
     config = tuning.choose(kernel, _triton.architecture(query), tile_c, tile_e, query.element_size(), sliced)
+    if kernel == "forward" and tokens % 16:  # results go out element by element, whose addresses fill the registers
+        config = config._replace(BLOCK_N=min(config.BLOCK_N, 64 if tile_e <= 128 else 32), num_warps=8)
     slices_c, slices_e = triton.cdiv(channels, tile_c), triton.cdiv(value_channels, tile_e)
     slices = {"forward": slices_e, "grad_query": slices_c, "grad_key_value": max(slices_c, slices_e)}[kernel]
     blocks = triton.cdiv(keys, config.BLOCK_S) if kernel == "grad_key_value" else triton.cdiv(tokens, config.BLOCK_N)
