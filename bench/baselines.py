@@ -1,0 +1,144 @@
+"""What people use instead, each in its best form; a peer takes the public function's tensors by name.
+
+The pseudo-inverse is in float32 and scaled per matrix in all of them, so that they run in half precision and give
+the numbers of one definition; as shipped, nystrom-attention and transformers raise there and scale by the batch's maximum.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+Form = Callable[..., Tensor]
+
+
+def pinv(matrix: Tensor, iterations: int = 6) -> Tensor:
+    """The iteration of Nyströmformer, eq. 11, in eager float32."""
+    A = matrix.float()
+    Z = A.mT / (A.abs().sum(-2).amax(-1) * A.abs().sum(-1).amax(-1))[..., None, None]
+    eye = torch.eye(A.shape[-1], device=A.device)
+    for _ in range(iterations):
+        AZ = A @ Z
+        Z = 0.25 * Z @ (13 * eye - AZ @ (15 * eye - AZ @ (7 * eye - AZ)))
+    return Z
+
+
+def segment_means(tokens: Tensor, num_landmarks: int) -> Tensor:
+    """(B, H, N, D) -> (B, H, M, D)."""
+    return tokens.unflatten(2, (num_landmarks, -1)).mean(3)
+
+
+def two_sdpa(num_landmarks: int) -> Form:
+    """G V and F (Z G V) each by torch's fused attention, which wants equal head dims; nothing N x M is stored."""
+
+    def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale, width = query.shape[-1] ** -0.5, value.shape[-1]
+        if query.shape[-1] < width:
+            query, key = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key))
+        query_landmarks, key_landmarks = (segment_means(x, num_landmarks) for x in (query, key))
+        core = (scale * query_landmarks.float() @ key_landmarks.float().mT).softmax(-1)
+        summary = F.scaled_dot_product_attention(query_landmarks, key, value, scale=scale)  # G V
+        mixed = (pinv(core) @ summary.float()).to(value.dtype)
+        return F.scaled_dot_product_attention(query, key_landmarks, mixed, scale=scale)
+
+    return form
+
+
+def _factors(query: Tensor, key: Tensor, num_landmarks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """F (B, H, N, M), A (B, H, M, M) and G (B, H, M, N), by plain products and softmax."""
+    query = query * query.shape[-1] ** -0.5
+    query_landmarks, key_landmarks = segment_means(query, num_landmarks), segment_means(key, num_landmarks)
+    pairs = ((query, key_landmarks), (query_landmarks, key_landmarks), (query_landmarks, key))
+    F_, A, G = ((left @ right.mT).softmax(-1) for left, right in pairs)
+    return F_, A, G
+
+
+def eager(num_landmarks: int) -> Form:
+    """F (Z (G V)): the least arithmetic in plain PyTorch."""
+
+    def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query_factor, core, key_factor = _factors(query, key, num_landmarks)
+        return query_factor @ (pinv(core).to(value.dtype) @ (key_factor @ value))
+
+    return form
+
+
+def eager_left(num_landmarks: int) -> Form:
+    """(F Z) (G V), the order of mlpen's and transformers' Nyströmformer, and the scale on both sides as there."""
+
+    def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        root = query.shape[-1] ** -0.25
+        query, key = query * root, key * root
+        query_landmarks, key_landmarks = segment_means(query, num_landmarks), segment_means(key, num_landmarks)
+        query_factor = (query @ key_landmarks.mT).softmax(-1)
+        core = (query_landmarks @ key_landmarks.mT).softmax(-1)
+        key_factor = (query_landmarks @ key.mT).softmax(-1)
+        return (query_factor @ pinv(core).to(value.dtype)) @ (key_factor @ value)
+
+    return form
+
+
+def nystrom_attention_package(num_landmarks: int) -> Form:
+    """The maths of the nystrom-attention module between its projections: sums over segments, einsums, (F Z) (G V)."""
+
+    def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query = query * query.shape[-1] ** -0.5
+        length = query.shape[2] // num_landmarks
+        query_landmarks, key_landmarks = (x.unflatten(2, (num_landmarks, -1)).sum(3) / length for x in (query, key))
+        equation = "... i d, ... j d -> ... i j"
+        similarities = (
+            torch.einsum(equation, query, key_landmarks),
+            torch.einsum(equation, query_landmarks, key_landmarks),
+            torch.einsum(equation, query_landmarks, key),
+        )
+        query_factor, core, key_factor = (x.softmax(dim=-1) for x in similarities)
+        return (query_factor @ pinv(core).to(value.dtype)) @ (key_factor @ value)
+
+    return form
+
+
+def authors(num_landmarks: int) -> Form:
+    """SAVGAN's own: the N x N product of the three factors, then one product with the values."""
+
+    def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query_factor, core, key_factor = _factors(query, key, num_landmarks)
+        return ((query_factor @ pinv(core).to(value.dtype)) @ key_factor) @ value
+
+    return form
+
+
+def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Exact attention by torch's choice of fused kernel, query and key padded to the value's width."""
+    scale, width = query.shape[-1] ** -0.5, value.shape[-1]
+    if query.shape[-1] < width:
+        query, key = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key))
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def transposed_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Exact attention of maps (B, C, *grid): transposed, padded, and torch's fused attention."""
+    tokens = [x.flatten(2).mT.unsqueeze(1).contiguous() for x in (query, key, value)]  # (B, 1, N, C)
+    return full_attention(*tokens).squeeze(1).mT.contiguous().unflatten(2, query.shape[2:])
+
+
+def transposed_unpadded_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same without padding, by the kernel that torch then takes."""
+    tokens = [x.flatten(2).mT.unsqueeze(1).contiguous() for x in (query, key, value)]
+    return F.scaled_dot_product_attention(*tokens).squeeze(1).mT.contiguous().unflatten(2, query.shape[2:])
+
+
+def eager_maps(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Exact attention as SAGAN and SAVGAN write it, with the N x N weights."""
+    weights = (query.shape[1] ** -0.5 * query.flatten(2).mT @ key.flatten(2)).softmax(-1)  # (B, N, S)
+    return (value.flatten(2) @ weights.mT).unflatten(2, query.shape[2:])
+
+
+def torch_spectral_norm(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """torch.nn.utils.parametrizations.spectral_norm of every weight, in training, from the vectors given."""
+    modules = [_SpectralNorm(weight.detach()).train() for weight in weights]
+    for module, left, right in zip(modules, u, v, strict=True):
+        module._u.copy_(left)
+        module._v.copy_(right)
+    return lambda *matrices: [module(matrix) for module, matrix in zip(modules, matrices, strict=True)]

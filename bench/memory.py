@@ -1,0 +1,91 @@
+"""Peak memory of calls: of the allocator on a GPU; on the CPU of resident pages, each call in a process of its own.
+
+The child of every call is forked from a parent that has computed nothing, runs the form at a small shape (what a first
+call loads is no case's memory) and then once at the case's own. What a form keeps between calls so counts as its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from nystromgan import _memory
+from nystromgan.bench import cases, measure
+
+
+def add(rows: list[measure.Row], device: str, progress: Callable[[str], None]) -> None:
+    """Adds peak_bytes to every row that has a time."""
+    timed = [row for row in rows if "median_ms" in row]
+    keys = [(row["case"], row["form"], row["mode"]) for row in timed]
+    for row, peak in zip(timed, on_gpu(keys) if device == "cuda" else on_cpu(keys), strict=True):
+        row["peak_bytes"] = peak
+        progress(f"memory  {row['case']}, {row['mode']}, {row['form']}")
+
+
+def on_gpu(keys: list[tuple[str, str, str]]) -> Iterator[int]:
+    """The most bytes that each call has allocated beyond those before it."""
+    found = {case.name: case for case in cases.cases()}
+    for name, form, mode in keys:
+        call = measure.prepared(found[name], form, mode, "cuda")
+        call()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        yield torch.cuda.max_memory_allocated() - before
+
+
+def on_cpu(keys: list[tuple[str, str, str]]) -> Iterator[int | None]:
+    """The most resident bytes of each call beyond those before it; None where a child died."""
+    environment = {**os.environ, **_memory.ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "nystromgan.bench.memory"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(json.dumps(keys))
+    child.stdin.close()
+    for line in child.stdout:
+        yield json.loads(line)
+    child.stdout.close()
+    child.wait()
+
+
+def _peak(case: cases.Case, form: str, mode: str) -> int:
+    if form.endswith(cases.COMPILED):  # compiled for one shape: its first call is compilation
+        call = measure.prepared(case, form, mode, "cpu")
+        call()
+        return _memory.extra_peak_bytes(call)
+    measure.prepared(case, form, mode, "cpu", case.small)()
+    call = measure.prepared(case, form, mode, "cpu")
+    return _memory.extra_peak_bytes(call)
+
+
+def _in_child(function: Callable[[], Any]) -> Any:
+    """The result of a function run in a forked process; None where it died."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(writer, json.dumps(function()).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        text = stream.read()
+    os.waitpid(pid, 0)
+    return json.loads(text) if text else None
+
+
+def main() -> None:
+    found = {case.name: case for case in cases.cases()}
+    for name, form, mode in json.load(sys.stdin):
+        print(json.dumps(_in_child(lambda n=name, f=form, m=mode: _peak(found[n], f, m))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
