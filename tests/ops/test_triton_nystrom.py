@@ -3,6 +3,7 @@
 The interpreter wants its variable before triton is imported, so without a GPU the tests run in a process of their own.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -15,17 +16,22 @@ from nystromgan import _env, iterative_pinv, nystrom_attention
 from nystromgan.ops.nystrom_attention import reference
 from nystromgan.ops.nystrom_attention.landmarks import grid_index, masked_landmarks
 from nystromgan.testing import (
-    NO_TOLERANCE,
+    EAGER_NOISE,
     assert_matches_reference,
     attention_inputs,
     eager_nystrom_attention,
+    errors_of,
     normal,
     padding_mask,
     relative_error,
     smooth,
 )
 
+EAGER_FACTOR = 1.5  # a kernel rounds at other places than eager, and 70 tokens average little of it out
 DEVICE = "cuda" if torch.cuda.is_available() and not _env.triton_interpret() else "cpu"
+
+# The dtypes that are compared with eager: the interpreter cuts bfloat16 off where a GPU rounds it.
+ROUNDED = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 
 if DEVICE == "cpu" and not _env.triton_interpret():
 
@@ -47,18 +53,24 @@ else:
         @pytest.mark.parametrize("init", ["per_matrix", "global_max"])
         def test_sizes(self, size: int, init: str) -> None:
             inputs = {"matrix": matrices(2, 1, size, size).mT}
-            eager = lambda matrix: iterative_pinv(matrix, iterations=3, init=init, backend="reference")  # noqa: E731
-            assert_matches_reference(iterative_pinv, inputs, "triton", iterations=3, init=init, eager=eager)
+            assert_matches_reference(iterative_pinv, inputs, "triton", iterations=2, init=init)
+
+        def test_no_worse_than_eager_after_six_steps(self) -> None:
+            matrix = matrices(2, 16, 16).softmax(-1)
+            exact, eager = (iterative_pinv(x, backend="reference") for x in (matrix.double(), matrix))
+            error = relative_error(iterative_pinv(matrix, backend="triton"), exact)
+            assert error <= EAGER_FACTOR * relative_error(eager, exact) + 2e-7
 
         def test_tiles_through_memory_agree_with_those_on_chip(self, monkeypatch: pytest.MonkeyPatch) -> None:
             matrix = matrices(2, 20, 20)
-            on_chip = iterative_pinv(matrix, backend="triton")
+            on_chip = iterative_pinv(matrix, iterations=3, backend="triton")
             monkeypatch.setattr(pinv_tuning, "CHIP_MOST", dict.fromkeys(pinv_tuning.CHIP_MOST, 0))
-            assert relative_error(iterative_pinv(matrix, backend="triton"), on_chip) < 1e-6
+            assert relative_error(iterative_pinv(matrix, iterations=3, backend="triton"), on_chip) < 1e-6
 
         def test_more_rows_than_one_program_holds(self) -> None:
-            inputs = {"matrix": matrices(1, 130, 130)}
-            assert_matches_reference(iterative_pinv, inputs, "triton", iterations=1)
+            matrix = matrices(1, 130, 130)
+            expected = iterative_pinv(matrix, iterations=1, backend="reference")
+            assert relative_error(iterative_pinv(matrix, iterations=1, backend="triton"), expected) < 1e-6
 
         @pytest.mark.parametrize("magnitude", [0.0, 1e-12, 1e12])
         def test_magnitudes(self, magnitude: float) -> None:
@@ -66,33 +78,48 @@ else:
             expected = iterative_pinv(matrix, backend="reference")
             assert relative_error(iterative_pinv(matrix, backend="triton"), expected) < 1e-5
 
+    def check(inputs: dict[str, Tensor], **options: object) -> None:
+        """Against float64; two steps of the pseudo-inverse, for each costs the interpreter seconds."""
+        assert_matches_reference(nystrom_attention, inputs, "triton", **{"pinv_iterations": 2, **options})
+
+    def check_against_eager(inputs: dict[str, Tensor], num_landmarks: int) -> None:
+        """Errors of outputs and gradients are at most EAGER_FACTOR times those of eager PyTorch in the same dtype."""
+        options = {"num_landmarks": num_landmarks, "pinv_iterations": 2}
+        exact = functools.partial(nystrom_attention, **options, backend="reference")
+        errors = errors_of(functools.partial(nystrom_attention, **options, backend="triton"), exact, inputs)
+        bound = errors_of(functools.partial(eager_nystrom_attention, **options), exact, inputs)
+        noise = EAGER_NOISE[inputs["query"].dtype]
+        assert errors.output <= EAGER_FACTOR * bound.output + noise
+        for name, error in errors.gradients.items():
+            assert error <= EAGER_FACTOR * bound.gradients[name] + noise, name
+
     class TestNystromAttention:
         @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
         @pytest.mark.parametrize(("head_dim", "value_dim"), [(4, 32), (17, 3)])
         def test_segments(self, dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
-            inputs = attention_inputs(1, 2, 70, 45, head_dim, value_dim, dtype=dtype, device=DEVICE)
-            eager = lambda **tensors: eager_nystrom_attention(**tensors, num_landmarks=7)  # noqa: E731
-            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=7, eager=eager)
+            inputs = attention_inputs(1, 1, 70, 45, head_dim, value_dim, dtype=dtype, device=DEVICE)
+            check(inputs, num_landmarks=7)
+            if dtype in ROUNDED:
+                check_against_eager(inputs, 7)
 
-        @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+        @pytest.mark.parametrize("dtype", ROUNDED[1:])
         def test_tokens_that_resemble_their_neighbours(self, dtype: torch.dtype) -> None:
-            inputs = attention_inputs(1, 1, 200, head_dim=16, tokens=smooth, dtype=dtype, device=DEVICE)
-            eager = lambda **tensors: eager_nystrom_attention(**tensors, num_landmarks=8)  # noqa: E731
-            assert_matches_reference(
-                nystrom_attention, inputs, "triton", num_landmarks=8, tolerance=NO_TOLERANCE, eager=eager
-            )
+            check_against_eager(attention_inputs(1, 1, 100, tokens=smooth, dtype=dtype, device=DEVICE), 8)
+
+        def test_six_steps(self) -> None:
+            check(attention_inputs(1, 1, 33, head_dim=3, device=DEVICE), num_landmarks=5, pinv_iterations=6)
 
         def test_several_splits_of_the_tokens(self) -> None:
             inputs = attention_inputs(1, 1, 600, head_dim=3, device=DEVICE)
-            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=5)
+            check(inputs, num_landmarks=5)
 
         def test_several_tiles_of_landmarks(self) -> None:
             inputs = attention_inputs(1, 1, 150, head_dim=5, device=DEVICE)
-            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=70, pinv_iterations=1)
+            check(inputs, num_landmarks=70, pinv_iterations=1)
 
         def test_more_landmarks_than_one_program_inverts(self) -> None:
             inputs = attention_inputs(1, 1, 150, head_dim=5, device=DEVICE)
-            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=130, pinv_iterations=1)
+            check(inputs, num_landmarks=130, pinv_iterations=1)
 
         @pytest.mark.parametrize(
             "options",
@@ -106,23 +133,23 @@ else:
         )
         def test_kinds_of_landmarks(self, options: dict) -> None:
             inputs = attention_inputs(2, 1, 60, head_dim=8, value_dim=5, device=DEVICE)
-            assert_matches_reference(nystrom_attention, inputs, "triton", **options)
+            check(inputs, **options)
 
         @pytest.mark.parametrize("options", [{}, {"grid": (5, 10)}], ids=["segments", "grid"])
         def test_padding(self, options: dict) -> None:
             inputs = attention_inputs(4, 1, 50, head_dim=8, device=DEVICE)
             inputs["key_padding_mask"] = padding_mask([50, 31, 3, 0], 50, scattered=True, device=DEVICE)
-            assert_matches_reference(nystrom_attention, inputs, "triton", num_landmarks=8, **options)
+            check(inputs, num_landmarks=8, **options)
 
         def test_landmarks_of_the_caller_have_gradients(self) -> None:
             inputs = attention_inputs(1, 2, 40, 33, 4, 7, device=DEVICE)
             inputs |= {f"{side}_landmarks": normal(1, 2, 5, 4, device=DEVICE, seed=9) for side in ("query", "key")}
-            assert_matches_reference(nystrom_attention, inputs, "triton")
+            check(inputs)
 
         def test_masked_tokens_may_hold_nan_and_do_not_enter(self) -> None:
             inputs = attention_inputs(2, 1, 40, head_dim=8, device=DEVICE)
             mask = padding_mask([23, 31], 40, scattered=True, device=DEVICE)
-            options = {"num_landmarks": 6, "key_padding_mask": mask, "backend": "triton"}
+            options = {"num_landmarks": 6, "pinv_iterations": 2, "key_padding_mask": mask, "backend": "triton"}
             expected = nystrom_attention(**inputs, **options)
             for name in ("key", "value"):
                 inputs[name] = inputs[name].masked_fill(mask[:, None, :, None], float("nan"))
@@ -131,27 +158,29 @@ else:
         def test_a_row_does_not_see_its_batch_mates(self) -> None:
             inputs = attention_inputs(2, 2, 50, head_dim=8, device=DEVICE)
             leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-            together = nystrom_attention(**leaves, num_landmarks=6, backend="triton")
+            together = nystrom_attention(**leaves, num_landmarks=6, pinv_iterations=2, backend="triton")
             grads = torch.autograd.grad(together.square().sum(), list(leaves.values()))
             rows = {name: x.detach()[1:].requires_grad_() for name, x in inputs.items()}
-            alone = nystrom_attention(**rows, num_landmarks=6, backend="triton")
+            alone = nystrom_attention(**rows, num_landmarks=6, pinv_iterations=2, backend="triton")
             assert torch.equal(together[1:], alone)
             for grad, row in zip(grads, torch.autograd.grad(alone.square().sum(), list(rows.values())), strict=True):
                 assert torch.equal(grad[1:], row)
 
         def test_strides_do_not_matter(self) -> None:
             inputs = attention_inputs(2, 2, 40, head_dim=8, device=DEVICE)
-            expected = nystrom_attention(**inputs, num_landmarks=6, backend="triton")
+            expected = nystrom_attention(**inputs, num_landmarks=6, pinv_iterations=2, backend="triton")
             strided = {name: x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for name, x in inputs.items()}
-            assert torch.equal(nystrom_attention(**strided, num_landmarks=6, backend="triton"), expected)
+            assert torch.equal(
+                nystrom_attention(**strided, num_landmarks=6, pinv_iterations=2, backend="triton"), expected
+            )
 
         def test_a_layout_and_its_index_agree(self) -> None:
             inputs = attention_inputs(1, 1, 60, head_dim=8, device=DEVICE)
             index = grid_index((60,), (7,), torch.device(DEVICE))
             plan = (None, None, index, index, None, None, None, None)
             layout = ((60,), (60,), (7,))
-            by_index = kernels.nystrom_attention(*inputs.values(), *plan, 7, 0.3, 6, False)
-            by_layout = kernels.nystrom_attention(*inputs.values(), *plan, 7, 0.3, 6, False, layout)
+            by_index = kernels.nystrom_attention(*inputs.values(), *plan, 7, 0.3, 2, False)
+            by_layout = kernels.nystrom_attention(*inputs.values(), *plan, 7, 0.3, 2, False, layout)
             for value, expected in zip(by_layout, by_index, strict=True):
                 assert relative_error(value, expected) < 1e-6
 

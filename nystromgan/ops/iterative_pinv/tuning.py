@@ -6,7 +6,7 @@ Config = dict[str, int]
 CHIP_MOST = {80: 64, 90: 128, 100: 64}
 CHIP_MOST_BESIDE = {80: 32, 90: 64, 100: 64}  # in a kernel that does something else too
 
-WARPS = {16: 2, 32: 4, 64: 8, 128: 8, 256: 8, 512: 8}  # by the side of the matrix's tile
+WARPS = {16: 4, 32: 4, 64: 8, 128: 8, 256: 8, 512: 8}  # by the side of the matrix's tile
 
 
 def on_chip(block: int) -> Config:

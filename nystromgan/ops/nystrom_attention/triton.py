@@ -184,7 +184,7 @@ def _core(sizes: Sizes, query_means: Tensor, key_means: Tensor, plan: Plan, scal
     forward.core_kernel[(sizes.rows * row_blocks,)](
         query_means, key_means, *_landmark_masks(plan, core).values(), core, sizes.heads, sizes.landmarks,
         sizes.head_dim, scale, row_blocks, HAS_ABSENT=plan.key_landmark_mask is not None, ROWS=16, BLOCK_C=block,
-        BLOCK_D=16, num_warps=4, num_stages=2,
+        BLOCK_D=16, num_warps=8 if block > 128 else 4, num_stages=2,
     )  # fmt: skip
     return core
 

@@ -282,6 +282,28 @@ def spread(p_grad_means, s_means, p_index, s_ib, s_ih, s_in, p_counts, s_cb, s_c
 
 
 @triton.jit
+def load_rows_of_g(
+    p_query_means, p_grad_context, p_lse, p_delta, i_bh, o_m, M, D, E, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr
+):  # fmt: skip
+    """Q~ (M, D), d(G V) (M, E), the logarithm of G's row sums to base 2, and delta, of landmarks o_m."""
+    row = i_bh.to(tl.int64) * M + o_m
+    lse = tl.load(p_lse + row, mask=o_m < M, other=float("inf")) * LOG2E
+    delta = tl.load(p_delta + row, mask=o_m < M, other=0.0)
+    b_query = load_landmarks(p_query_means, i_bh, o_m, M, D, BLOCK_D)
+    return b_query, load_landmarks(p_grad_context, i_bh, o_m, M, E, BLOCK_E), lse, delta
+
+
+@triton.jit
+def key_gradients(b_query, b_context, lse, delta, b_key, b_value, valid, scale, PRECISION: tl.constexpr):
+    """G and the gradient of its logits (M, BLOCK_N), in the tokens' dtype."""
+    zeros = tl.zeros((b_query.shape[0], b_key.shape[0]), tl.float32)
+    logits = dot(b_query, tl.trans(b_key), zeros, PRECISION)
+    weights = tl.where(valid[None, :], tl.exp2(logits * (scale * LOG2E) - lse[:, None]), 0.0)
+    grad_g = dot(b_context, tl.trans(b_value), zeros, PRECISION)
+    return weights.to(b_key.dtype), (weights * (grad_g - delta[:, None]) * scale).to(b_key.dtype)
+
+
+@triton.jit
 def keys_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
     p_query_means, p_grad_context, p_lse, p_delta, p_sums, p_key_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch, p_exact,
@@ -306,6 +328,11 @@ def keys_kernel(
     drop = tl.exp2(-lift)
     p_sums += i_bh.to(tl.int64) * M * (D + E)
     b_grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if SUM:  # the program's own landmarks, at hand for every tile of keys
+        b_own_query, b_own_context, own_lse, own_delta = load_rows_of_g(
+            p_query_means, p_grad_context, p_lse, p_delta, i_bh, i_m + tl.arange(0, BLOCK_M), M, D, E, BLOCK_D, BLOCK_E
+        )
+        b_own_query, b_own_context, own_lse = b_own_query.to(dtype), b_own_context.to(dtype), own_lse - lift
     for start in tl.range(0, SPLIT, BLOCK_N):
         begin = i_split * SPLIT + start
         o_n = begin + tl.arange(0, BLOCK_N)
@@ -316,23 +343,25 @@ def keys_kernel(
         b_value = load_tokens(p_value, s_vn, s_vd, begin, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
         b_grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         b_grad_value = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-        last = i_m + BLOCK_M if SUM else M
-        for first in tl.range(i_m, last, BLOCK_M, num_stages=1):
-            o_m = first + tl.arange(0, BLOCK_M)
-            b_query = load_landmarks(p_query_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
-            b_context = load_landmarks(p_grad_context, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
-            row = i_bh.to(tl.int64) * M + o_m
-            lse = tl.load(p_lse + row, mask=o_m < M, other=float("inf")) * LOG2E - lift
-            delta = tl.load(p_delta + row, mask=o_m < M, other=0.0)
-            logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-            weights = tl.where(valid[None, :], tl.exp2(logits * (scale * LOG2E) - lse[:, None]), 0.0)  # (M, BLOCK_N)
-            grad_g = dot(b_context, tl.trans(b_value), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
-            grad_logits = (weights * (grad_g - delta[:, None]) * scale).to(dtype)
+        if WRITE and not SUM:
+            for other in tl.range(0, M, BLOCK_M, num_stages=1):
+                b_query, b_context, lse, delta = load_rows_of_g(
+                    p_query_means, p_grad_context, p_lse, p_delta, i_bh, other + tl.arange(0, BLOCK_M), M, D, E,
+                    BLOCK_D, BLOCK_E,
+                )  # fmt: skip
+                weights, grad_logits = key_gradients(
+                    b_query.to(dtype), b_context.to(dtype), lse - lift, delta, b_key, b_value, valid, scale, PRECISION
+                )
+                b_grad_value = dot(tl.trans(weights), b_context.to(dtype), b_grad_value, PRECISION)
+                b_grad_key = dot(tl.trans(grad_logits), b_query.to(dtype), b_grad_key, PRECISION)
+        else:
+            weights, grad_logits = key_gradients(
+                b_own_query, b_own_context, own_lse, own_delta, b_key, b_value, valid, scale, PRECISION
+            )
+            b_grad_query = dot(grad_logits, b_key, b_grad_query, PRECISION)
             if WRITE:
-                b_grad_value = dot(tl.trans(weights.to(dtype)), b_context, b_grad_value, PRECISION)
-                b_grad_key = dot(tl.trans(grad_logits), b_query, b_grad_key, PRECISION)
-            if SUM:
-                b_grad_query = dot(grad_logits, b_key, b_grad_query, PRECISION)
+                b_grad_value = dot(tl.trans(weights), b_own_context, b_grad_value, PRECISION)
+                b_grad_key = dot(tl.trans(grad_logits), b_own_query, b_grad_key, PRECISION)
         if WRITE:
             b_grad_key *= drop
             b_grad_value *= drop

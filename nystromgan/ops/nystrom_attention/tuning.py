@@ -46,9 +46,9 @@ TABLE: dict[tuple[str, bool], dict[int, Config]] = {
     ("query_stats", False): {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
     ("query_sums", True): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
     ("query_sums", False): {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("keys", True): {64: Config(64, 64, 4, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
-    ("keys", False): {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
-    ("query", True): {64: Config(64, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    ("keys", True): {64: Config(64, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
+    ("keys", False): {64: Config(32, 16, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
+    ("query", True): {64: Config(64, 32, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 16, 8, 1)},
     ("query", False): {64: Config(32, 32, 8, 1), 128: Config(16, 16, 8, 1), 256: Config(16, 16, 8, 1)},
 }
 
