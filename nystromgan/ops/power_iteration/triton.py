@@ -42,13 +42,13 @@ class Weight(NamedTuple):
     offset_u: int  # in uv
     offset_v: int
     offset_share: int  # in shares
-    index: int  # in sigma
+    place: int  # in sigma
     wide: int  # 1 where eight elements of a row can be read at once
 
 
 # Where a plan, a tuple of such tuples, has each field.
 FIRST, ROWS, COLUMNS, STRIDE_ROW, STRIDE_COLUMN, STRIDE_U, STRIDE_V = (tl.constexpr(i) for i in range(7))
-TILES, OFFSET_U, OFFSET_V, OFFSET_SHARE, INDEX, WIDE = (tl.constexpr(i) for i in range(7, 13))
+TILES, OFFSET_U, OFFSET_V, OFFSET_SHARE, PLACE, WIDE = (tl.constexpr(i) for i in range(7, 13))
 
 
 @triton.jit
@@ -184,18 +184,18 @@ def _power_iteration_kernel(
         )  # fmt: skip
 
     tl.debug_barrier()  # every thread's shares are written before one of them counts this program as done
-    index = _mine(PLAN, INDEX)
-    if tl.atomic_add(counters + index, 1, sem="acq_rel") == programs - 1:
-        tl.store(counters + index, 0)  # for the next step
+    place = _mine(PLAN, PLACE)
+    if tl.atomic_add(counters + place, 1, sem="acq_rel") == programs - 1:
+        tl.store(counters + place, 0)  # for the next step
         if ITERATE:
             _divide(
-                p_u, p_v, p_t, p_s, p_share, p_square, sigma + index, eps, programs, rows, columns, stride_u, stride_v,
+                p_u, p_v, p_t, p_s, p_share, p_square, sigma + place, eps, programs, rows, columns, stride_u, stride_v,
                 PROGRAMS, BLOCK_O, BLOCK_I,
             )  # fmt: skip
         else:
             o_all = tl.arange(0, PROGRAMS)
             b_shares = tl.load(p_square + o_all, mask=o_all < programs, other=0.0, cache_modifier=".cg")
-            tl.store(sigma + index, tl.sum(b_shares))
+            tl.store(sigma + place, tl.sum(b_shares))
             _copy(p_u, p_t, rows, stride_u, BLOCK_I)
             _copy(p_v, p_s, columns, stride_v, BLOCK_I)
 
@@ -207,7 +207,7 @@ def _spectral_normalize_kernel(weights, outputs, sigma, PLAN: tl.constexpr, ELEM
     size = _mine(PLAN, ROWS) * columns
     o = (tl.program_id(0) - _mine(PLAN, FIRST)) * ELEMENTS + tl.arange(0, ELEMENTS)
     m = o < size
-    scale = tl.load(sigma + _mine(PLAN, INDEX))
+    scale = tl.load(sigma + _mine(PLAN, PLACE))
     if _mine(PLAN, WIDE) == 1:
         b_weight = tl.load(p_weight + o, mask=m)
         tl.store(p_output + o, (b_weight.to(tl.float32) / scale).to(p_output.dtype.element_ty), mask=m)
