@@ -1,7 +1,8 @@
 """What people use instead, each in its best form; a peer takes the public function's tensors by name.
 
 The pseudo-inverse is in float32 and scaled per matrix in all of them, so that they run in half precision and give
-the numbers of one definition; as shipped, nystrom-attention and transformers raise there and scale by the batch's maximum.
+the numbers of one definition; as shipped, nystrom-attention and transformers raise there, and scale by the maximum
+over the batch.
 """
 
 from collections.abc import Callable

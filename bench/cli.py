@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", help="only this op; may be repeated")
     parser.add_argument("--case", default="", help="only cases whose name has this in it, others keep their record")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
+    parser.add_argument("--mode", action="append", choices=cases.MODES, help="only forward or only forward+backward")
     parser.add_argument("--part", action="append", choices=PARTS, help="only time or only memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS, help="folder of machines' folders")
@@ -54,7 +55,7 @@ def _run_op(op: str, selected: list[cases.Case], path: pathlib.Path, args: argpa
     if "time" in parts:
         record["machine"], record["rates"] = machine.describe(args.device), machine.rates(args.device)
         for case in selected:
-            for mode in cases.MODES:
+            for mode in args.mode or cases.MODES:
                 progress(f"time    {case.name}, {mode}")
                 new = measure.rows(case, mode, args.device, effort, not args.no_compile, record["rates"])
                 _keep_memory(new, rows)

@@ -32,7 +32,7 @@ class Effort(NamedTuple):
     most_rounds: int
 
 
-QUICK, THOROUGH = Effort(0.6, 3, 7), Effort(2.0, 5, 21)
+QUICK, THOROUGH = Effort(0.6, 3, 7), Effort(2.0, 3, 21)
 
 
 def forms_of(case: Case, with_compiled: bool) -> list[str]:
@@ -64,7 +64,7 @@ def why_not(case: Case, form: str, mode: str, gemm_flop_per_s: float) -> str | N
     s = case.shape
     pairs = s["B"] * s["H"] * s["N"] ** 2
     width = s["D"] + s["E"] if form == FULL else s["M"] + s["E"]
-    # Fused attention reaches about two fifths of the rate of products, exponentials included; a backward is 2.5 forwards.
+    # Fused attention reaches two fifths of the rate of products, exponentials included; a backward is 2.5 forwards.
     seconds = 2 * pairs * width / (0.4 * gemm_flop_per_s) * (1 if mode == "forward" else 3.5)
     if seconds > LIMIT_S:
         return f"a call would take about {seconds:.0f} s"
