@@ -40,9 +40,9 @@ inline const int32_t* row(const LandmarkIndex& index, int64_t b, int64_t h) {
 
 // Tokens in a block, whose [tokens, M] floats stay within 64 KiB. Of fp32, 48 rows of 64 leave room in L1 for what is
 // asked for ahead: 96 made the product with the values a fifth slower. AMX tiles want multiples of 32.
-template <class T>
+template <class E>
 inline int64_t block_tokens(int64_t landmarks) {
-  constexpr bool kTiles = Engine<T>::kRowPad > 1;
+  constexpr bool kTiles = E::kRowPad > 1;
   constexpr int64_t kMost = kTiles ? 96 : 48, kLeast = kTiles ? 32 : 12;
   return max(kLeast, min(16384 / round_up(landmarks, kLanes) / kLeast * kLeast, kMost));
 }
@@ -61,24 +61,24 @@ struct Prefetch {
   }
 };
 
-// Engine<T>::multiply with a prefetch spread over it; in one burst it would fill the line buffers and stall the product.
-template <class T, bool accumulate>
+// E::multiply with a prefetch spread over it; in one burst it would fill the line buffers and stall the product.
+template <class E, class T, bool accumulate>
 inline void multiply_ahead(
-    int64_t rows, int64_t cols, int64_t k, typename Engine<T>::Left a, typename Engine<T>::Right b, float* c,
-    int64_t ldc, Prefetch<T> next) {
+    int64_t rows, int64_t cols, int64_t k, typename E::Left a, typename E::Right b, float* c, int64_t ldc,
+    Prefetch<T> next) {
   constexpr int64_t kTile = 6;
-  if constexpr (Engine<T>::kRowPad == 1) {
+  if constexpr (E::kRowPad == 1) {
     if (cols <= 2 * kPanelVectors * kLanes) {
       for (int64_t r = 0; r < rows; r += kTile) {
         next(r / kTile, (rows + kTile - 1) / kTile);
         const StridedMatrix tile{a.data + r * a.row_stride, a.row_stride, a.k_stride};
-        Engine<T>::template multiply<accumulate>(min(kTile, rows - r), cols, k, tile, b, c + r * ldc, ldc);
+        E::template multiply<accumulate>(min(kTile, rows - r), cols, k, tile, b, c + r * ldc, ldc);
       }
       return;
     }
   }
   next(0, 1);
-  Engine<T>::template multiply<accumulate>(rows, cols, k, a, b, c, ldc);
+  E::template multiply<accumulate>(rows, cols, k, a, b, c, ldc);
 }
 
 // Lets the system provide the pages of a task's fresh rows at once: one by one, their faults take a sixth of the forward.
@@ -110,10 +110,14 @@ inline void add_to_landmarks(
     if (index[n] < 0) continue;
     const T* from = x + n * token;
     float* to = sums + index[n] * dim;
-    int64_t d = 0;
-    if (channel == 1)
-      for (; d + kLanes <= dim; d += kLanes) store(to + d, load(to + d) + load(from + d));
-    for (; d < dim; ++d) to[d] += to_float(from[d * channel]);
+    if (channel == 1) {
+      const int64_t whole = dim / kLanes * kLanes;
+      for (int64_t d = 0; d < whole; d += kLanes) store(to + d, load(to + d) + load(from + d));
+      if (whole < dim)
+        store_first(to + whole, load_first(to + whole, dim - whole) + load_first(from + whole, dim - whole), dim - whole);
+    } else {
+      for (int64_t d = 0; d < dim; ++d) to[d] += to_float(from[d * channel]);
+    }
   }
 }
 

@@ -37,12 +37,13 @@ inline void for_each_matrix(ParallelRun run, int64_t count, int64_t m, Body body
   }
 }
 
-// C = A B or C += A B, shared by a team of threads when there is one. Blocks of 128 k keep a panel of B in L1.
-template <bool accumulate>
+// C = A B or C += A B, shared by a team of threads when there is one; then finish(first, rows) on each thread's rows, while
+// they are in its cache. Blocks of 128 k keep a panel of B in L1.
+template <bool accumulate, class Finish>
 inline void product(
     ParallelRun team, int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c,
-    int64_t ldc) {
-  constexpr int64_t kBlockRows = 48, kBlockK = 128;
+    int64_t ldc, Finish finish) {
+  constexpr int64_t kBlockRows = 12, kBlockK = 128;
   auto part = [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlockRows, count = min(end * kBlockRows, rows) - first;
     for (int64_t i = 0; i < k; i += kBlockK) {
@@ -53,10 +54,18 @@ inline void product(
       else
         multiply_float<false>(count, cols, depth, block, b + i * ldb, ldb, c + first * ldc, ldc);
     }
+    finish(first, count);
   };
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   if (team == nullptr) part(0, blocks);
   else parallel(team, blocks, part);
+}
+
+template <bool accumulate>
+inline void product(
+    ParallelRun team, int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c,
+    int64_t ldc) {
+  product<accumulate>(team, rows, cols, k, a, b, ldb, c, ldc, [](int64_t, int64_t) {});
 }
 
 template <bool accumulate = false>
@@ -65,10 +74,11 @@ inline void square_product(ParallelRun team, int64_t m, const float* a, const fl
   product<accumulate>(team, m, m, m, {a, ld, 1}, b, ld, c, ld);
 }
 
-// dst = diagonal I - src, on squares.
-inline void subtract_from_identity(int64_t m, float diagonal, const float* src, float* dst) {
+// Rows of dst = diagonal I - src, on squares.
+inline void subtract_from_identity(
+    int64_t m, float diagonal, const float* src, float* dst, int64_t first, int64_t rows) {
   const int64_t ld = square_ld(m);
-  for (int64_t r = 0; r < m; ++r) {
+  for (int64_t r = first; r < first + rows; ++r) {
     for (int64_t c = 0; c < ld; c += kLanes) store(dst + r * ld + c, -load(src + r * ld + c));
     dst[r * ld + r] += diagonal;
   }
@@ -129,18 +139,24 @@ inline PinvStep pinv_step(float* chain, int64_t m, int64_t step) {
 
 // X, T2 and T3 of a step from A and Z; `scratch` is a square.
 inline void pinv_factors(ParallelRun team, int64_t m, const float* a, PinvStep step, float* scratch) {
-  square_product(team, m, a, step.z, step.x);
-  subtract_from_identity(m, 7.0f, step.x, scratch);
-  square_product(team, m, step.x, scratch, step.t2);
-  subtract_from_identity(m, 15.0f, step.t2, step.t2);
-  square_product(team, m, step.x, step.t2, step.t3);
-  subtract_from_identity(m, 13.0f, step.t3, step.t3);
+  const int64_t ld = square_ld(m);
+  // kept = left right, then dst = diagonal I - kept
+  auto times = [&](const float* left, const float* right, float* kept, float diagonal, float* dst) {
+    product<false>(team, m, m, m, {left, ld, 1}, right, ld, kept, ld, [&](int64_t first, int64_t rows) {
+      subtract_from_identity(m, diagonal, kept, dst, first, rows);
+    });
+  };
+  times(a, step.z, step.x, 7.0f, scratch);
+  times(step.x, scratch, step.t2, 15.0f, step.t2);
+  times(step.x, step.t2, step.t3, 13.0f, step.t3);
 }
 
 // Z_next = 1/4 Z T3
 inline void pinv_advance(ParallelRun team, int64_t m, PinvStep step, float* next) {
-  square_product(team, m, step.z, step.t3, next);
-  scale_in_place(square_size(m), 0.25f, next);
+  const int64_t ld = square_ld(m);
+  product<false>(team, m, m, m, {step.z, ld, 1}, step.t3, ld, next, ld, [&](int64_t first, int64_t rows) {
+    scale_in_place(rows * ld, 0.25f, next + first * ld);
+  });
 }
 
 // Runs `steps` steps. With keep, step i's factors stay in chain + 4 i squares, else two steps' memory is used in turn;
@@ -218,8 +234,9 @@ inline void pinv_factors_backward(
   square_product(team, m, step.t2, grad_t3, grad_x);
   square_product(team, m, grad_t3, step.x, minus_grad_t2);
   square_product<true>(team, m, minus_t1, minus_grad_t2, grad_x);
-  square_product<true>(team, m, minus_grad_t2, step.x, grad_x);
-  scale_in_place(size, -1.0f, grad_x);
+  product<true>(team, m, m, m, {minus_grad_t2, ld, 1}, step.x, ld, grad_x, ld, [&](int64_t first, int64_t rows) {
+    scale_in_place(rows * ld, -1.0f, grad_x + first * ld);
+  });
   square_product<true>(team, m, step.z, grad_x, grad_a);
   square_product<true>(team, m, grad_x, a, grad_z);
 }
@@ -233,9 +250,14 @@ inline void pinv_chain_backward(
   float *grad_t3 = scratch, *previous = scratch + size;
   for (int64_t i = steps - 1; i >= 0; --i) {
     const PinvStep step = pinv_step(chain, m, i);
-    scale_in_place(size, 0.25f, grad_z);
-    square_product(team, m, grad_z, step.z, grad_t3);
-    square_product(team, m, step.t3, grad_z, previous);
+    const int64_t ld = square_ld(m);
+    auto quarter = [&](const float* left, const float* right, float* to) {  // to = 1/4 left right
+      product<false>(team, m, m, m, {left, ld, 1}, right, ld, to, ld, [&](int64_t first, int64_t rows) {
+        scale_in_place(rows * ld, 0.25f, to + first * ld);
+      });
+    };
+    quarter(grad_z, step.z, grad_t3);
+    quarter(step.t3, grad_z, previous);
     memcpy(grad_z, previous, size * sizeof(float));
     pinv_factors_backward(team, m, a, step, grad_t3, grad_z, grad_a, scratch + 2 * size);
   }

@@ -32,7 +32,7 @@ struct Lloyd {
 
   // The landmark with the largest x . mean - |mean|^2 / 2 for each token that has one.
   void nearest(int64_t i, const T* x, const int32_t* from, int64_t count, int32_t* index, Workspace& w) const {
-    const int64_t block = block_tokens<T>(m);
+    const int64_t block = block_tokens<E>(m);
     const bool* absent = p.landmark_mask ? p.landmark_mask + i / p.heads * m : nullptr;
     const float* means = p.means + i * m * d;
     typename E::Session session;

@@ -16,7 +16,7 @@ struct Backward {
   const NystromProblem& p = f.problem;
   int64_t m = p.landmarks, d = p.head_dim, e = p.value_dim, count = p.batch * p.heads;
   int64_t ldm = round_up(m, kLanes), ldd = round_up(d, kLanes), lde = round_up(e, kLanes);
-  int64_t padded_m = round_up(m, E::kRowPad), block = block_tokens<T>(m), padded_block = round_up(block, E::kRowPad);
+  int64_t padded_m = round_up(m, E::kRowPad), block = block_tokens<E>(m), padded_block = round_up(block, E::kRowPad);
   int64_t query_chunks = chunks_of(p.queries), key_chunks = chunks_of(p.keys);
   // Per chunk of queries dW [M, lde] and dK~ [M, ldd], per chunk of keys dQ~ [M, ldd].
   int64_t query_size = padded_m * (lde + ldd), key_size = padded_m * ldd;

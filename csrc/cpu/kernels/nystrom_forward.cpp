@@ -23,7 +23,7 @@ struct Forward {
   // One split's online softmax over its keys: sums [M, lde] of 2^(x - top) v, tops [M], totals [M].
   void attend_keys(int64_t i, int64_t s, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.keys);
-    const int64_t block = block_tokens<T>(m);
+    const int64_t block = block_tokens<E>(m);
     const bool* mask = p.key_padding_mask ? p.key_padding_mask + b * p.keys : nullptr;
     float *sums = split(i, s), *tops = sums + sums_size, *totals = tops + ldm;
     for (int64_t c = 0; c < ldm; ++c) tops[c] = -kInfinity, totals[c] = 0.0f;
@@ -40,7 +40,7 @@ struct Forward {
       const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
       const int64_t next = min(block, last - n - count);
       // [keys, D] x [D, M]
-      multiply_ahead<T, false>(
+      multiply_ahead<E, T, false>(
           count, m, d, E::left(key, count, d, p.key.token, p.key.channel, left), queries, logits, ldm,
           {key + block * p.key.token, p.key.token, next, d});
       if (f.pool_key)  // here the keys are in cache: a pass of its own costs a twentieth of the forward
@@ -54,7 +54,7 @@ struct Forward {
         E::template multiply<true>(m, e, count, weights, values, sums, lde);
       } else {
         const auto values = E::right(value, count, e, p.value.token, p.value.channel, right);
-        multiply_ahead<T, true>(
+        multiply_ahead<E, T, true>(
             m, e, count, weights, values, sums, lde, {value + block * p.value.token, p.value.token, next, e});
       }
     }
@@ -153,7 +153,7 @@ struct Forward {
   // The chunk of queries: O = F W.
   void attend_landmarks(int64_t i, int64_t s, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
-    const int64_t block = block_tokens<T>(m);
+    const int64_t block = block_tokens<E>(m);
     const bool* mask = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
     typename E::Session session;
     float *scaled = w.take(m * d), *landmarks = w.take(E::right_split_size(d, m)), *mixed = w.take(E::right_split_size(m, e));
@@ -169,7 +169,7 @@ struct Forward {
       const int64_t count = min(block, last - n);
       const auto queries = E::left(row<T>(p.query, b, h, n), count, d, p.query.token, p.query.channel, left);
       // [queries, D] x [D, M]
-      multiply_ahead<T, false>(
+      multiply_ahead<E, T, false>(
           count, m, d, queries, keys, logits, ldm,
           {row<T>(p.query, b, h, n + count), p.query.token, min(block, last - n - count), d});
       softmax_rows<false>(logits, count, m, ldm, mask, inverse);
