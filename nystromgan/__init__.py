@@ -7,7 +7,14 @@ from nystromgan.functional import (
     power_iteration,
     spatiotemporal_attention,
 )
-from nystromgan.nn import NystromAttention, SelfAttention2d, SelfAttention3d, replace_attention
+from nystromgan.nn import (
+    NystromAttention,
+    SelfAttention2d,
+    SelfAttention3d,
+    fuse_spectral_norm,
+    replace_attention,
+    spectral_norm,
+)
 
 __version__ = "0.1.0"
 
@@ -18,9 +25,11 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "available_backends",
+    "fuse_spectral_norm",
     "iterative_pinv",
     "nystrom_attention",
     "power_iteration",
     "replace_attention",
     "spatiotemporal_attention",
+    "spectral_norm",
 ]
