@@ -35,6 +35,7 @@ def _resolved(
     query_grid: list[int],
     key_grid: list[int],
     landmark_grid: list[int],
+    *,
     device: torch.device,
     index: Callable[..., Tensor] = cached_grid_index,
 ) -> Plan:
@@ -58,7 +59,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     plan, grids = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3]
     layout = _block_layout(backend, plan, *grids)
     run = _library.kernel(OP, OP, backend)
-    return run(query, key, value, *_resolved(plan, *grids, query.device), *options[NUM_PLAN + 3 :], **layout)
+    return run(query, key, value, *_resolved(plan, *grids, device=query.device), *options[NUM_PLAN + 3 :], **layout)
 
 
 def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
@@ -66,7 +67,7 @@ def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *r
     saved, options = options[:5], options[5:]
     plan, grids = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3]
     layout = _block_layout(backend, plan, *grids)
-    plan = _resolved(plan, *grids, query.device)
+    plan = _resolved(plan, *grids, device=query.device)
     run = _library.kernel(OP, f"{OP}_backward", backend)
     return run(grad_output, query, key, value, *saved, *plan, *options[NUM_PLAN + 3 :], **layout)
 
@@ -157,7 +158,7 @@ def _differentiate_backward(ctx, *grad_grads):
     grad_output, query, key, value, *fields = ctx.saved_tensors
     query_grid, key_grid, landmark_grid, count, scale, iterations, global_init, _ = ctx.options
     # Made afresh: this is traced, where a kept tensor has no place.
-    plan = _resolved(Plan(*fields), query_grid, key_grid, landmark_grid, query.device, grid_index)
+    plan = _resolved(Plan(*fields), query_grid, key_grid, landmark_grid, device=query.device, index=grid_index)
     given = [_is_given(plan, "query"), _is_given(plan, "key")]
 
     def definition(query, key, value, query_landmarks, key_landmarks):
