@@ -46,7 +46,12 @@ sanitize: $(READY)
 	$(PY) -m pytest -q tests/ops
 
 bench: native
-	$(PY) -m pytest bench --benchmark-only
+	$(PY) -m nystromgan bench --quick
+	$(PY) -m nystromgan report
+
+# The README's table from the committed results.
+bench-docs: $(READY)
+	$(PY) -m nystromgan report --readme README.md
 
 # On a machine with a GPU: correctness against float64, tuning and speed, into bench/results. STAGE picks one of them.
 gpu-check: $(READY)

@@ -126,8 +126,8 @@ def transposed_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def transposed_unpadded_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The same without padding, by the kernel that torch then takes."""
-    tokens = [x.flatten(2).mT.unsqueeze(1).contiguous() for x in (query, key, value)]
-    return F.scaled_dot_product_attention(*tokens).squeeze(1).mT.contiguous().unflatten(2, query.shape[2:])
+    q, k, v = (x.flatten(2).mT.unsqueeze(1).contiguous() for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.contiguous().unflatten(2, query.shape[2:])
 
 
 def eager_maps(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

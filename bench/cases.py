@@ -3,8 +3,9 @@
 To add a case, append to `cases()`; to add a peer, write it in `baselines.py` and name it in the case's `peers`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Case(NamedTuple):
     tolerance: testing.Tolerance
     quick: bool = True
     plain_exact: Form | None = None  # of PLAIN, where it is a peer
+    training: bool = False  # the forward records what a backward needs
 
     @property
     def name(self) -> str:
@@ -76,22 +78,22 @@ def _tokens(dtype: str) -> Callable[[str, dict[str, int]], Inputs]:
     return make
 
 
-def _landmarks(num_landmarks: int, **options: object) -> Form:
-    return lambda **inputs: nystromgan.nystrom_attention(**inputs, num_landmarks=num_landmarks, **options)
+def _landmarks(num_landmarks: int, **options: Any) -> Form:
+    return functools.partial(nystromgan.nystrom_attention, num_landmarks=num_landmarks, **options)
 
 
-def _exactly(num_landmarks: int, **options: object) -> Form:
+def _exactly(num_landmarks: int, **options: Any) -> Form:
     return _landmarks(num_landmarks, backend="reference", **options)
 
 
-def _compiled(form: Form) -> Form:
-    return torch.compile(form, dynamic=False)
+def _compiled(make: Callable[[int], Form], num_landmarks: int) -> Form:
+    return torch.compile(make(num_landmarks), dynamic=False)
 
 
 def _landmark_work(shape: dict[str, int], dtype: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Products F, G, F (Z G V) and G V forward; each element of query, key, value and output moved once."""
+    """Products F, G, F (Z G V) and G V and those of the pseudo-inverse; query, key, value and output moved once."""
     rows, width = shape["B"] * shape["H"] * shape["N"], shape["D"] + shape["E"]
-    flops = 4.0 * rows * shape["M"] * width
+    flops = 4.0 * rows * shape["M"] * width + 48.0 * shape["B"] * shape["H"] * shape["M"] ** 3
     element = DTYPES[dtype].itemsize
     moved = element * rows * 2.0 * width
     return dict(zip(MODES, (flops, 3.5 * flops), strict=True)), dict(zip(MODES, (moved, 3 * moved), strict=True))
@@ -110,12 +112,12 @@ def landmark_case(
         "nystrom-attention": baselines.nystrom_attention_package,
     }
     forms: dict[str, Callable[[], Form]] = {OURS: lambda: _landmarks(landmarks)}
-    forms |= {name: (lambda make=make: make(landmarks)) for name, make in same.items()}
+    forms |= {name: functools.partial(make, landmarks) for name, make in same.items()}
     if group == "savgan":
         forms["authors, N x N"] = lambda: baselines.authors(landmarks)
     if compiled:
         forms |= {
-            name + COMPILED: (lambda make=make: _compiled(make(landmarks)))
+            name + COMPILED: functools.partial(_compiled, make, landmarks)
             for name, make in same.items()
         }  # fmt: skip
     forms[FULL] = lambda: baselines.full_attention
@@ -215,7 +217,7 @@ def power_case() -> Case:
         return form
 
     def torchs() -> Form:
-        modules: list[Form] = []
+        modules: list[Callable[..., list[Tensor]]] = []
 
         def form(**weights: Tensor) -> Sequence[Tensor]:
             matrices = list(weights.values())
@@ -234,4 +236,5 @@ def power_case() -> Case:
         dict(zip(MODES, (4.0 * elements, 8.0 * elements), strict=True)),
         dict(zip(MODES, (8.0 * elements, 20.0 * elements), strict=True)), {"layers": 4},
         testing.TOLERANCES[torch.float32],
+        training=True,
     )  # fmt: skip

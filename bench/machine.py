@@ -1,5 +1,6 @@
 """The machine: its name, what it can do at best, and the versions of what ran on it."""
 
+import functools
 import pathlib
 import platform
 import re
@@ -66,7 +67,9 @@ def rates(device: str) -> dict[str, float]:
     found = {"copy_bytes_per_s": 2 * 4 * 2**26 / _best_s(lambda: target.copy_(source), device)}
     for dtype_name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         matrix = torch.randn(2048, 2048, device=device).to(dtype)
-        found[f"gemm_{dtype_name}_flop_per_s"] = 2 * 2048**3 / _best_s(lambda m=matrix: m @ m, device)
+        found[f"gemm_{dtype_name}_flop_per_s"] = (
+            2 * 2048**3 / _best_s(functools.partial(torch.matmul, matrix, matrix), device)
+        )
     return found
 
 

@@ -4,6 +4,7 @@ The child of every call is forked from a parent that has computed nothing, runs 
 call loads is no case's memory) and then once at the case's own. What a form keeps between calls so counts as its own.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -84,7 +85,7 @@ def _in_child(function: Callable[[], Any]) -> Any:
 def main() -> None:
     found = {case.name: case for case in cases.cases()}
     for name, form, mode in json.load(sys.stdin):
-        print(json.dumps(_in_child(lambda n=name, f=form, m=mode: _peak(found[n], f, m))), flush=True)
+        print(json.dumps(_in_child(functools.partial(_peak, found[name], form, mode))), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,20 @@ from nystromgan.bench import cli, machine, tables
 from nystromgan.bench.cases import FULL, MODES
 
 START, END = "<!-- bench: written by make bench-docs -->", "<!-- /bench -->"
+README_MACHINE = "cpu-2core-sapphire-rapids"
 Table = list[list[str]]  # rows of cells, the first the head
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=pathlib.Path, help="folder of one machine; this machine's without it")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/bench"))
-    parser.add_argument("--readme", type=pathlib.Path, help="only write the headline table into this file")
+    parser.add_argument(
+        "--readme", type=pathlib.Path, help="only write the headline table, of the committed results, into this file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    folder = args.results or cli.RESULTS / machine.name()
+    folder = args.results or cli.RESULTS / (README_MACHINE if args.readme else machine.name())
     records = tables.load(folder)
     if not records:
         raise ValueError(f"no results in {folder}: run nystromgan bench")

@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 from nystromgan.bench.cases import FULL, MODES, OURS, PLAIN
 
 Row = dict[str, Any]
+LABELS = {  # rows of the README's table, by group
+    "landmarks": "{N:,} tokens of 8 heads of 64, 64 landmarks",
+    "maps": "exact attention of {side} x {side} maps, {C} and {E} channels",
+    "spectral norm": "spectral norm of {layers} layers",
+}
 NOISY = 0.1  # a ratio whose quartiles are further apart than this share of it
 
 
@@ -122,21 +127,15 @@ def number(value: float) -> str:
 
 
 def headline(records: dict[str, dict[str, Any]]) -> str:
-    """The README's table, in Markdown: landmarks at 16384 and 65536 tokens, then the other ops' one line each."""
-    lines = ["| case | mode | nystromgan | best other form | ratio | extra memory |", "|---|---|---|---|---|---|"]
-    rows = rows_of(records)
-    picked = [
-        pair for pair in results(rows) if pair.ours.get("N", 16384) >= 16384 and pair.ours["group"] != "clustered"
-    ]
-    for ours, peer in picked:
-        lines.append(
-            f"| {ours['case']} | {ours['mode']} | {number(ours['median_ms'])} ms | {number(peer['median_ms'])} ms "
-            f"({peer['form']}) | {peer['ratio']:.1f} | {mib(ours)} against {mib(peer)} MiB |"
-        )
-    machine = next(iter(records.values()))["machine"]
-    versions = f"torch {machine['versions']['torch']}"
-    lines += [
-        "",
-        f"On `{machine['name']}`, {versions}, medians; made by `make bench-docs` from `nystromgan bench --full`.",
-    ]
-    return "\n".join(lines)
+    """The README's table, in Markdown: each op at the sizes that matter, beside the best other form."""
+    lines = ["| float32 | nystromgan | best other form | ratio |", "|---|---|---|---|"]
+    for ours, peer in results(rows_of(records)):
+        if ours["dtype"] == "fp32" and ours["group"] in LABELS and ours.get("N", 16384) >= 16384:
+            label = LABELS[ours["group"]].format(**ours)
+            lines.append(
+                f"| {label}, {ours['mode'].replace('+', ' + ')} | {number(ours['median_ms'])} ms | "
+                f"{number(peer['median_ms'])} ms, {peer['form']} | {peer['ratio']:.1f} |"
+            )
+    where = next(iter(records.values()))["machine"]
+    note = f"Medians on `{where['name']}`, torch {where['versions']['torch']}, by `nystromgan bench --full`;"
+    return "\n".join([*lines, "", f"{note} [how, and the rest](docs/benchmarks.md)."])

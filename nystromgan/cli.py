@@ -8,6 +8,8 @@ from collections.abc import Sequence
 # name: (module, imported only when its command runs; what it does)
 COMMANDS = {
     "doctor": ("nystromgan._doctor", "say what this machine can run, and why not the rest"),
+    "bench": ("nystromgan.bench.cli", "measure time and memory beside what else computes the same"),
+    "report": ("nystromgan.bench.report", "make a page of the measured results"),
 }
 
 
