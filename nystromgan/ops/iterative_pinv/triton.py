@@ -418,7 +418,13 @@ def iterative_pinv(matrix: Tensor, iterations: int, global_init: bool) -> Tensor
         if block > tuning.CHIP_MOST[architecture]:
             iterates = matrix.new_empty(count, ITERATES * iterations + 1, size, size)
             iterate_kernel[(count,)](
-                matrices, *matrices.stride(), iterates, size, ITERATIONS=iterations, BLOCK=block, **tuning.tiled(block)
+                matrices,
+                *matrices.stride(),
+                iterates,
+                size,
+                ITERATIONS=iterations,
+                BLOCK=block,
+                **tuning.tiled_forward(block),
             )
             return iterates[:, -1].reshape(matrix.shape)
         pinv = matrix.new_empty(matrix.shape)

@@ -92,6 +92,7 @@ def _both_masks(plan: Plan) -> Plan:
     if (query is None) == (key is None):
         return plan
     present = query if key is None else key
+    assert present is not None
     none = torch.zeros_like(present)
     return plan._replace(
         query_landmark_mask=none if query is None else query, key_landmark_mask=none if key is None else key
@@ -102,12 +103,17 @@ def _means(query: Tensor, key: Tensor, plan: Plan, layout: tuple | None, num_lan
     """The landmarks (B, H, M, D) float32: as given, or the means over the layout or the index."""
     if layout is not None:
         return block_means(query, key, layout, num_landmarks)
-    sides = (query, plan.query_landmarks, plan.query_index), (key, plan.key_landmarks, plan.key_index)
-    query_means, key_means = (
-        index_means(tokens, index, num_landmarks) if given is None else given.float().contiguous()
-        for tokens, given, index in sides
+    return (
+        _side_means(query, plan.query_landmarks, plan.query_index, num_landmarks),
+        _side_means(key, plan.key_landmarks, plan.key_index, num_landmarks),
     )
-    return query_means, key_means
+
+
+def _side_means(tokens: Tensor, given: Tensor | None, index: Tensor | None, num_landmarks: int) -> Tensor:
+    if given is not None:
+        return given.float().contiguous()
+    assert index is not None
+    return index_means(tokens, index, num_landmarks)
 
 
 def nystrom_attention(
@@ -236,14 +242,14 @@ def _landmark_values(
 class Membership(NamedTuple):
     """Which landmark each token is in the mean of, and how many share it; no index where the caller gave landmarks."""
 
-    index: Tensor | None
+    landmark_of: Tensor | None
     counts: Tensor | None
 
     def arguments(self, absent: Tensor) -> tuple:
         """The index and the counts with their strides, as `spread` takes them."""
-        if self.index is None or self.counts is None:
+        if self.landmark_of is None or self.counts is None:
             return absent, 0, 0, 0, absent, 0, 0
-        return self.index, *index_strides(self.index), self.counts, *index_strides(self.counts)[:2]
+        return self.landmark_of, *index_strides(self.landmark_of), self.counts, *index_strides(self.counts)[:2]
 
 
 def _memberships(plan: Plan, layout: tuple | None, num_landmarks: int) -> tuple[Membership, Membership]:
@@ -425,7 +431,7 @@ class Backward(NamedTuple):
                 _as_bytes(self.plan.exact_rows, parts), grad_key, grad_value, parts,
                 sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks,
                 self.scale, float(lift),
-                HAS_MASK=mask is not None, HAS_INDEX=member.index is not None,
+                HAS_MASK=mask is not None, HAS_INDEX=member.landmark_of is not None,
                 HAS_EXACT=self.plan.exact_rows is not None, SPLIT=split, **parts_of, **tiles,
             )  # fmt: skip
 
@@ -450,7 +456,7 @@ class Backward(NamedTuple):
             _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta, grad_query_means,
             *member.arguments(grad_query_means), grad_query,
             sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
-            HAS_ABSENT=self.has_absent, HAS_INDEX=member.index is not None,
+            HAS_ABSENT=self.has_absent, HAS_INDEX=member.landmark_of is not None,
             MANY=stats is not None, STEPS=steps, **tiles,
         )  # fmt: skip
         return grad_query
