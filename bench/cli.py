@@ -59,6 +59,8 @@ def _run_op(op: str, selected: list[cases.Case], path: pathlib.Path, args: argpa
                 progress(f"time    {case.name}, {mode}")
                 new = measure.rows(case, mode, args.device, effort, not args.no_compile, record["rates"])
                 _keep_memory(new, rows)
+                for row in new:
+                    row["commit"] = record["machine"]["commit"]  # cases may be measured at different times
                 rows = [row for row in rows if (row["case"], row["mode"]) != (case.name, mode)] + new
                 _write(path, record, rows)
     if "memory" in parts:

@@ -116,7 +116,7 @@ def _adopt(module: nn.Module) -> None:
 
 def _recast(source: Any, target: type) -> Any:
     """An instance of `target` with the attributes of `source`."""
-    instance = target.__new__(target)
+    instance: Any = object.__new__(target)
     instance.__dict__.update(source.__dict__)
     return instance
 

@@ -53,6 +53,8 @@ class SpectralNorm(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         if weight.ndim == 1:
             return functional.normalize(weight, dim=0, eps=self.eps)
+        if weight.is_meta:
+            return weight
         if self.ready is not None:
             ready, self.ready = self.ready, None
             return ready

@@ -21,6 +21,12 @@ from nystromgan.nn import (
 from nystromgan.nn import spectral_norm as ours
 
 
+@pytest.fixture(autouse=True)
+def one_thread(reproducible: None) -> None:
+    """Two threads on tensors this small mostly wait for each other: 30 times slower on a busy machine."""
+    torch.set_num_threads(1)
+
+
 def _same(model: nn.Module) -> nn.Module:
     return model
 
@@ -70,7 +76,8 @@ def _images(batch: int = 2, **options: Any) -> Tensor:
 def _train(model: nn.Module, penalty: str, steps: int = 10) -> dict[str, Tensor]:
     """The state after steps of a discriminator's loss with a gradient penalty, two or three forwards a step."""
     torch.manual_seed(1)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    # At ten times this rate torch itself ends 6e-3 away after its weights are moved by one rounding.
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     for _ in range(steps):
         real, fake = _images(requires_grad=True), _images()
         logits = model(real)
@@ -291,9 +298,11 @@ def test_copies(form: str) -> None:
     model(x)
     with torch.no_grad():
         expected = model.eval()(x)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)) if form != "ours" else copy.copy(model)):
-        assert torch.equal(twin(x), expected)
-        twin.train()(x)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), expected)
+    twin.train()(x)
+    norm = model[0].parametrizations.weight[0]  # torch refuses to pickle a parametrized module, but not its parts
+    assert pickle.loads(pickle.dumps(norm))._cached is None
     other, _ = _pair(form)
     torch.testing.assert_close(torch.func.functional_call(other.eval(), dict(model.state_dict()), x), expected)
     torch.testing.assert_close(other(x), other(x))
@@ -325,7 +334,7 @@ def test_frozen_parts_and_checkpointing(form: str) -> None:
 def test_autocast() -> None:
     model = _pair("ours fused")[0]
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(model(_images()).dtype, torch.bfloat16)
+        assert model(_images()).dtype == torch.bfloat16
     assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
 
 

@@ -137,9 +137,15 @@ def _differentiate_forward(ctx, grad_output, *_):
 
 def _returned(plan: Plan, grads: Outputs) -> tuple[Tensor | None, ...]:
     """The gradients of query, key, value and the two landmark tensors, None for what is not differentiated."""
-    query_landmarks = grads[3].to(plan.query_landmarks.dtype) if _is_given(plan, "query") else None
-    key_landmarks = grads[4].to(plan.key_landmarks.dtype) if _is_given(plan, "key") else None
-    return (*grads[:3], query_landmarks, key_landmarks)
+
+    def of_landmarks(grad: Tensor, landmarks: Tensor | None, index: Tensor | None) -> Tensor | None:
+        return grad.to(landmarks.dtype) if landmarks is not None and index is None else None
+
+    return (
+        *grads[:3],
+        of_landmarks(grads[3], plan.query_landmarks, plan.query_index),
+        of_landmarks(grads[4], plan.key_landmarks, plan.key_index),
+    )
 
 
 def _is_given(plan: Plan, side: str) -> bool:

@@ -249,6 +249,8 @@ def _indexed(plan: Plan, layout: Layout, device: torch.device) -> Plan:
 def _clustered_plan(query: Tensor, key: Tensor, plan: Plan, layout: Layout, iterations: int, backend: str) -> Plan:
     """The plan after Lloyd steps on queries and on keys; nothing here is differentiated."""
     plan = _indexed(plan, layout, query.device)
+    assert plan.query_index is not None
+    assert plan.key_index is not None
     count = math.prod(layout.landmark_grid)
     cluster = reference.cluster_landmarks if backend == "reference" else library.cluster(backend)
     with torch.no_grad():

@@ -112,7 +112,7 @@ def _check_epilogue(query: Tensor, shape: tuple[int, ...], gamma: Tensor | None,
             raise ValueError(f"residual must have the output's shape {shape}, got {tuple(residual.shape)}")
 
 
-def _attend(query, key, value, key_padding_mask, gamma, residual, scale, token_major, backend):  # type: ignore[no-untyped-def]
+def _attend(query, key, value, key_padding_mask, gamma, residual, scale, token_major, backend):
     gamma = None if gamma is None else gamma.reshape(())
     if backend == "reference":
         return reference.spatiotemporal_attention(query, key, value, key_padding_mask, gamma, residual, scale)
@@ -138,12 +138,12 @@ BACKWARD_SCHEMA = (
 )
 
 
-def _forward(*arguments):  # type: ignore[no-untyped-def]
+def _forward(*arguments):
     *inputs, backend = arguments
     return _library.kernel(OP, OP, backend)(*inputs)
 
 
-def _backward(*arguments):  # type: ignore[no-untyped-def]
+def _backward(*arguments):
     *inputs, backend = arguments
     return _library.kernel(OP, f"{OP}_backward", backend)(*inputs)
 
@@ -153,7 +153,7 @@ def _laid_out(like: Tensor, shape: tuple[int, ...], token_major: bool) -> Tensor
     return like.new_empty(*outer, tokens, channels).mT if token_major else like.new_empty(shape)
 
 
-def _fake_forward(query, key, value, key_padding_mask, gamma, residual, scale, token_major, save, backend):  # type: ignore[no-untyped-def]
+def _fake_forward(query, key, value, key_padding_mask, gamma, residual, scale, token_major, save, backend):
     batch, heads, _, tokens = query.shape
     shape = (batch, heads, value.shape[2], tokens)
     attended_shape = shape if save and gamma is not None else None
@@ -162,7 +162,7 @@ def _fake_forward(query, key, value, key_padding_mask, gamma, residual, scale, t
     return _laid_out(query, shape, token_major), attended, logsumexp
 
 
-def _fake_backward(grad_output, query, key, value, mask, gamma, attended, logsumexp, scale, token_major, backend):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_output, query, key, value, mask, gamma, attended, logsumexp, scale, token_major, backend):
     grads = tuple(_laid_out(x, x.shape, token_major) for x in (query, key, value))
     return *grads, query.new_empty((), dtype=torch.float32)
 
