@@ -41,6 +41,7 @@ class Sizes(NamedTuple):
     block_e: int
     widest: int
     dtype: torch.dtype
+    architecture: int
 
     @classmethod
     def of(cls, query: Tensor, value: Tensor, landmarks: int) -> "Sizes":
@@ -49,7 +50,8 @@ class Sizes(NamedTuple):
         block_d, block_e = _triton.tile(head_dim), _triton.tile(value_dim)
         widest = max(block_d, block_e)
         return cls(
-            batch, heads, queries, keys, landmarks, head_dim, value_dim, block_d, block_e, widest, query.dtype
+            batch, heads, queries, keys, landmarks, head_dim, value_dim, block_d, block_e, widest, query.dtype,
+            _triton.architecture(query),
         )  # fmt: skip
 
     @property
@@ -58,7 +60,7 @@ class Sizes(NamedTuple):
 
     def tiles(self, name: str) -> dict[str, int | str]:
         """Tile sizes, precision and launch options of pass `name`."""
-        config = tuning.choose(name, self.dtype, self.widest)
+        config = tuning.choose(name, self.dtype, self.widest, self.architecture)
         return {
             "BLOCK_M": _triton.tile(self.landmarks, config.landmarks),
             "BLOCK_N": config.tokens,

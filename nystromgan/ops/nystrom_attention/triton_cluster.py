@@ -87,7 +87,7 @@ def _lloyd_step(
     batch, heads, count, dim = tokens.shape
     num_landmarks = landmarks.shape[2]
     block_d = _triton.tile(dim)
-    config = tuning.choose("lloyd", tokens.dtype, block_d)
+    config = tuning.choose("lloyd", tokens.dtype, block_d, _triton.architecture(tokens))
     block_m = _triton.tile(num_landmarks, config.landmarks)
     fused = num_landmarks <= block_m
     split = tuning.split_tokens(count)

@@ -158,7 +158,7 @@ def index_means(tokens: Tensor, index: Tensor, num_landmarks: int, fallback: Ten
     split = tuning.split_tokens(count)
     splits = triton.cdiv(count, split)
     block_d = _triton.tile(dim)
-    config = tuning.choose("index_sum", tokens.dtype, block_d)
+    config = tuning.choose("index_sum", tokens.dtype, block_d, _triton.architecture(tokens))
     block_m = _triton.tile(num_landmarks, config.landmarks)
     m_blocks = triton.cdiv(num_landmarks, block_m)
     sums = tokens.new_empty(batch * heads, splits, num_landmarks, dim, dtype=torch.float32)
