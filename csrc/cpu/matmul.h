@@ -27,7 +27,7 @@ NYSTROMGAN_INLINE void multiply_tile(
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) sum[r][v] = accumulate ? load(c + r * ldc + v * kLanes) : Vec{};
+    for (int v = 0; v < vectors; ++v) sum[r][v] = Vec{};
   for (int64_t i = 0; i < k; ++i) {
     Vec bv[vectors];
 #pragma GCC unroll 4
@@ -42,7 +42,11 @@ NYSTROMGAN_INLINE void multiply_tile(
 #pragma GCC unroll 16
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; ++v) store(c + r * ldc + v * kLanes, sum[r][v]);
+    for (int v = 0; v < vectors; ++v) {
+      float* to = c + r * ldc + v * kLanes;
+      // added at the end: one long chain of sums over many blocks of k would round twice as badly
+      store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
 }
 
 // All rows of one panel of columns: tiles of `tile` rows, then of half as many, down to one.

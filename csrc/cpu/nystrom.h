@@ -9,9 +9,9 @@
 
 namespace nystromgan::NYSTROMGAN_ISA {
 
-// Tokens a task takes. Fixed, so that the order of every sum, and with it every bit, is the same whatever the batch and
-// the number of threads.
-constexpr int64_t kChunk = 1024;
+// Tokens a task takes: by their number alone, so that the order of every sum, and with it every bit, is the same whatever
+// the batch and the number of threads. At most 16 tasks a head, whose partial sums stay small beside the tokens.
+inline int64_t chunk_tokens(int64_t tokens) { return round_up(max(int64_t{1}, (tokens + 15) / 16), 1024); }
 
 // Runs body(i, s, workspace) for every chunk s < chunks of every (b, h) i < count.
 template <class Body>
@@ -25,7 +25,7 @@ inline void for_each_chunk(ParallelRun run, int64_t count, int64_t chunks, Body 
   });
 }
 
-inline int64_t chunks_of(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
+inline int64_t chunks_of(int64_t tokens) { return (tokens + chunk_tokens(tokens) - 1) / chunk_tokens(tokens); }
 
 NYSTROMGAN_INLINE const float* as_const(const float* x) { return x; }
 
@@ -152,15 +152,15 @@ inline void pool_tokens(
     ParallelRun run, int64_t batch, int64_t heads, int64_t tokens, int64_t landmarks, int64_t dim, const Tokens& x,
     LandmarkIndex index, const bool* only, float* means) {
   const InverseCounts inverse(run, batch, heads, tokens, landmarks, index);
-  const int64_t chunks = (tokens + 4 * kChunk - 1) / (4 * kChunk), size = landmarks * dim;
+  const int64_t chunk = chunk_tokens(tokens), chunks = chunks_of(tokens), size = landmarks * dim;
   Scratch partial(batch * heads * chunks * size);
   parallel(run, batch * heads * chunks, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / chunks / heads, h = i / chunks % heads, first = i % chunks * 4 * kChunk;
+      const int64_t b = i / chunks / heads, h = i / chunks % heads, first = i % chunks * chunk;
       if (only != nullptr && !only[b]) continue;
       memset(partial + i * size, 0, size * sizeof(float));
       add_to_landmarks<T>(
-          row<T>(x, b, h, first), x.token, x.channel, row(index, b, h) + first, min(4 * kChunk, tokens - first), dim,
+          row<T>(x, b, h, first), x.token, x.channel, row(index, b, h) + first, min(chunk, tokens - first), dim,
           partial + i * size);
     }
   });

@@ -90,7 +90,7 @@ NYSTROMGAN_INLINE float reduce_max(Vec x) {
 #endif
 }
 
-// 2^x to 2e-7 relative; 0 below 2^-126; NaN stays NaN. x at most 127.
+// 2^x to 1e-7 relative, exactly 1 at 0; 0 below 2^-126; NaN stays NaN. x at most 127.
 NYSTROMGAN_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -101,12 +101,13 @@ NYSTROMGAN_INLINE Vec exp2(Vec x) {
   const Vec n = shifted - 12582912.0f;
 #endif
   const Vec f = x - n;
-  Vec p = splat(0.00132764725f);
-  p = p * f + 0.00967554189f;
-  p = p * f + 0.0555071309f;
-  p = p * f + 0.240221202f;
-  p = p * f + 0.693146944f;
-  p = p * f + 1.00000012f;
+  Vec p = splat(0.00015353362f);
+  p = p * f + 0.0013398875f;
+  p = p * f + 0.00961843692f;
+  p = p * f + 0.0555033237f;
+  p = p * f + 0.240226477f;
+  p = p * f + 0.693147182f;
+  p = p * f + 1.0f;
 #if defined(__AVX512F__)
   // Below -126 the lane is zeroed, -inf included, where x - n is NaN; the comparison is false for NaN, which stays.
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);

@@ -17,7 +17,8 @@ struct Lloyd {
 
   // Assigns a chunk of tokens by the means, or with `start` as the start says, and sums them by landmark.
   void assign(int64_t i, int64_t s, bool start, Workspace& w) const {
-    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, count = min(kChunk, p.tokens - first);
+    const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.tokens);
+    const int64_t first = s * chunk, count = min(chunk, p.tokens - first);
     const T* x = row<T>(p.x, b, h, first);
     const int32_t* from = row(p.start, b, h) + first;
     int32_t* index = p.index + i * p.tokens + first;

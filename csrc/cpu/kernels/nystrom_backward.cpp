@@ -26,7 +26,8 @@ struct Backward {
   const bool* key_mask(int64_t i) const { return p.key_padding_mask ? p.key_padding_mask + i / p.heads * p.keys : nullptr; }
 
   void query_chunk(int64_t i, int64_t s, Workspace& w) const {
-    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
+    const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.queries);
+    const int64_t first = s * chunk, last = min(first + chunk, p.queries);
     const bool* absent = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
     float *grad_w = query_partial + (i * query_chunks + s) * query_size, *grad_landmarks = grad_w + padded_m * lde;
     memset(grad_w, 0, query_size * sizeof(float));
@@ -166,7 +167,8 @@ struct Backward {
   }
 
   void key_chunk(int64_t i, int64_t s, const InverseCounts* inverse, Workspace& w) const {
-    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.keys);
+    const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.keys);
+    const int64_t first = s * chunk, last = min(first + chunk, p.keys);
     const bool* mask = key_mask(i);
     float* grad_landmarks = key_partial + (i * key_chunks + s) * key_size;
     memset(grad_landmarks, 0, key_size * sizeof(float));
@@ -267,7 +269,8 @@ struct Backward {
 
   // dQ += dQ~ / tokens of each landmark.
   void spread_queries(int64_t i, int64_t s, const InverseCounts& inverse) const {
-    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
+    const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.queries);
+    const int64_t first = s * chunk, last = min(first + chunk, p.queries);
     const int32_t* index = row(p.query_index, b, h);
     const float *grad_means = f.grad_query_means + i * m * d, *count = inverse.of(b, h);
     for (int64_t n = first; n < last; ++n) {

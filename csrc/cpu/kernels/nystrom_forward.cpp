@@ -22,7 +22,8 @@ struct Forward {
 
   // One split's online softmax over its keys: sums [M, lde] of 2^(x - top) v, tops [M], totals [M].
   void attend_keys(int64_t i, int64_t s, Workspace& w) const {
-    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.keys);
+    const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.keys);
+    const int64_t first = s * chunk, last = min(first + chunk, p.keys);
     const int64_t block = block_tokens<E>(m);
     const bool* mask = p.key_padding_mask ? p.key_padding_mask + b * p.keys : nullptr;
     float *sums = split(i, s), *tops = sums + sums_size, *totals = tops + ldm;
@@ -152,7 +153,8 @@ struct Forward {
 
   // The chunk of queries: O = F W.
   void attend_landmarks(int64_t i, int64_t s, Workspace& w) const {
-    const int64_t b = i / p.heads, h = i % p.heads, first = s * kChunk, last = min(first + kChunk, p.queries);
+    const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.queries);
+    const int64_t first = s * chunk, last = min(first + chunk, p.queries);
     const int64_t block = block_tokens<E>(m);
     const bool* mask = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
     typename E::Session session;
