@@ -24,19 +24,16 @@ COLORS = {
 
 
 def growth(rows: list[dict[str, Any]], mode: str, dtype: str, field: str) -> str:
-    """Time or memory over tokens, both axes logarithmic, one line a form."""
+    """Time or memory over tokens, both axes logarithmic, one line a form; nothing where there is nothing to draw."""
+    rows = [row for row in rows if (row["group"], row["mode"], row["dtype"]) == ("landmarks", mode, dtype)]
+    if not any(row.get(field) for row in rows):
+        return ""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 10}):
         figure = Figure(figsize=(4.6, 3.3), layout="constrained")
         ax = figure.subplots()
         for form, color in COLORS.items():
             for suffix, style in (("", "-"), (COMPILED, "--")):
-                points = [
-                    row
-                    for row in rows
-                    if (row["group"], row["mode"], row["dtype"], row["form"])
-                    == ("landmarks", mode, dtype, form + suffix)
-                    and row.get(field)
-                ]
+                points = [row for row in rows if row["form"] == form + suffix and row.get(field)]
                 values = [row[field] / (2**20 if field == "peak_bytes" else 1) for row in points]
                 ax.plot([row["N"] for row in points], values, style, color=color, marker="o", markersize=4)
         _decorate(ax, "MiB" if field == "peak_bytes" else "ms")
