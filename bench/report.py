@@ -144,17 +144,21 @@ def page(records: dict[str, Any]) -> str:
 
     rows = tables.rows_of(records)
     figures = "".join(
-        f"<figure><figcaption>{title}, {mode}, {dtype}</figcaption>{plots.growth(rows, mode, dtype, field)}</figure>"
+        f"<figure><figcaption>{title}, {mode}, {dtype}</figcaption>{drawing}</figure>"
         for field, title in (("median_ms", "Time"), ("peak_bytes", "Peak extra memory"))
         for dtype in ("fp32", "bf16")
         for mode in MODES
+        if (drawing := plots.growth(rows, mode, dtype, field))
+    )
+    growth = (
+        f"<h2>Time and memory over tokens</h2><p class=muted>(B, H, D, M) = (1, 8, 64, 64); both axes logarithmic. "
+        f"{FULL} is torch's fused attention.</p>{plots.legend(rows)}<div class=pair>{figures}</div>"
     )
     body = [
         "<h1>Landmark attention, measured</h1>",
         "<p>Our kernels beside the best that torch and other libraries do, in one run on one machine. A result that is "
         "wrong has no time.</p>",
-        f"<h2>Time and memory over tokens</h2><p class=muted>(B, H, D, M) = (1, 8, 64, 64); both axes logarithmic. "
-        f"{FULL} is torch's fused attention.</p>{plots.legend(rows)}<div class=pair>{figures}</div>",
+        growth if figures else "",
         *(f"<h2>{title}</h2><p class=muted>{note}</p>{_html_table(table)}" for title, note, table in sections(records)),
         "<h2>How this was measured</h2><ul class=muted>"
         + "".join(f"<li>{html.escape(x)}</li>" for x in _method(records)),

@@ -76,7 +76,7 @@ def test_the_command_writes_results_and_the_report_reads_them(tmp_path: pathlib.
     assert all(row["peak_bytes"] >= 0 for row in rows)
     assert cli.main(["report", "--results", str(folder), "--output", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "report.html").read_text()
-    assert "<svg" in page
+    assert "<figure>" not in page, "nothing was measured over tokens"
     assert not re.search(r'(src|href)="https?:', page), "the page must be self-contained"
     assert "| pinv B=8 M=64 fp32 | forward |" in (tmp_path / "page" / "report.md").read_text()
 
@@ -93,6 +93,13 @@ def test_committed_results_are_right(folder: pathlib.Path) -> None:
     assert rows
     assert {row["case"] for row in rows} <= known
     assert not [row for row in rows if row["form"] == cases.OURS and row.get("wrong")]
+
+
+@pytest.mark.parametrize("folder", MACHINES, ids=lambda path: path.name)
+def test_committed_results_are_drawn(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert cli.main(["report", "--results", str(folder), "--output", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<figure>") == len(re.findall(r"</svg>\s*</figure>", page)) > 0
 
 
 def test_readme_shows_the_committed_results() -> None:
