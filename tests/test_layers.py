@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = {"nystromgan": "nystromgan", "nystromgan.zoo": "zoo", "nystromgan.bench": "bench"}
-PICTURES = ("matplotlib", "PIL", "tifffile", "imageio", "cv2", "skimage", "torchvision", "trackastra")
+PICTURES = ("matplotlib", "PIL", "tifffile", "imageio", "cv2", "skimage", "torchvision", "trackastra", "av")
 SHARED_ZOO = {"blocks", "training", "metrics", "data", "checkpoints", "demo"}  # every other folder of zoo/ is a paper
 
 
