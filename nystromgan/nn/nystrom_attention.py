@@ -90,15 +90,7 @@ class NystromAttention(nn.Module):
         _check.at_least("num_heads", self.num_heads, 1)
         if self.embed_dim % self.num_heads:
             raise ValueError(f"num_heads must divide embed_dim {self.embed_dim}, got {self.num_heads}")
-        for name, counts in (("num_landmarks", self.num_landmarks), ("grid", self.grid)):
-            for count in counts if isinstance(counts, tuple) else () if counts is None else (counts,):
-                _check.at_least(name, count, 1)
-        if isinstance(self.num_landmarks, tuple) and (self.grid is None or len(self.grid) != len(self.num_landmarks)):
-            raise ValueError(
-                f"num_landmarks {self.num_landmarks} must have one count per axis of grid, got {self.grid}"
-            )
-        _check.at_least("cluster_iterations", self.cluster_iterations, 0)
-        _check.at_least("pinv_iterations", self.pinv_iterations, 0)
+        check_landmarks(self.num_landmarks, self.grid, self.cluster_iterations, self.pinv_iterations)
         if self.conv_kernel_size is not None:
             _check.at_least("conv_kernel_size", self.conv_kernel_size, 1)
             if self.conv_kernel_size % 2 != 1:
@@ -202,10 +194,21 @@ class NystromAttention(nn.Module):
         return ", ".join([str(self.embed_dim), *settings])
 
 
-def _refuse(need_weights: bool, attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Raises for what torch.nn.MultiheadAttention does and landmarks cannot."""
-    if need_weights:
-        raise ValueError(f"need_weights must be False, since landmarks give no N x S weights, got {need_weights}")
+def check_landmarks(
+    num_landmarks: int | tuple[int, ...], grid: tuple[int, ...] | None, cluster_iterations: int, pinv_iterations: int
+) -> None:
+    """The settings of landmarks fit each other."""
+    for name, counts in (("num_landmarks", num_landmarks), ("grid", grid)):
+        for count in counts if isinstance(counts, tuple) else () if counts is None else (counts,):
+            _check.at_least(name, count, 1)
+    if isinstance(num_landmarks, tuple) and (grid is None or len(grid) != len(num_landmarks)):
+        raise ValueError(f"num_landmarks {num_landmarks} must have one count per axis of grid, got {grid}")
+    _check.at_least("cluster_iterations", cluster_iterations, 0)
+    _check.at_least("pinv_iterations", pinv_iterations, 0)
+
+
+def refuse_masks(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raises for masks other than padding, which landmarks cannot honour."""
     if attn_mask is not None:
         raise ValueError(
             f"attn_mask must be None, since landmarks mix all tokens, got one of shape {tuple(attn_mask.shape)}; "
@@ -213,6 +216,13 @@ def _refuse(need_weights: bool, attn_mask: Tensor | None, is_causal: bool) -> No
         )
     if is_causal:
         raise ValueError(f"is_causal must be False, since landmarks see later tokens, got {is_causal}")
+
+
+def _refuse(need_weights: bool, attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raises for what torch.nn.MultiheadAttention does and landmarks cannot."""
+    if need_weights:
+        raise ValueError(f"need_weights must be False, since landmarks give no N x S weights, got {need_weights}")
+    refuse_masks(attn_mask, is_causal)
 
 
 def _each(function: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:

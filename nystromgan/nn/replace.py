@@ -1,5 +1,6 @@
 """Landmarks in an existing model."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -9,12 +10,16 @@ from nystromgan.nn.nystrom_attention import NystromAttention
 
 Model = TypeVar("Model", bound=nn.Module)
 
+# Attention of other libraries, and the module here that knows it. A model that holds one has imported its library.
+CONVERTERS = {"timm.layers.attention.Attention": "nystromgan.integrations.timm"}
+
 
 def replace_attention(model: Model, num_landmarks: int | Sequence[int] = 64, **options: Any) -> Model:
-    """Puts a `NystromAttention` in the place of every torch.nn.MultiheadAttention of a model.
+    """Puts landmarks in the place of every torch.nn.MultiheadAttention, and of timm's Attention, of a model.
 
-    The new modules hold the very parameters of the old ones, so optimisers, checkpoints and tied weights stay as they
-    are. Subclasses of torch.nn.MultiheadAttention are left alone, and so are modules that only look like it.
+    The parameters stay the very ones, so optimisers, checkpoints and tied weights stay as they are. A
+    torch.nn.MultiheadAttention becomes a `NystromAttention` around them. Subclasses of both are left alone, and so are
+    modules that only look like them.
 
     Args:
         model: changed in place. A torch.nn.MultiheadAttention itself gives a new module.
@@ -25,15 +30,17 @@ def replace_attention(model: Model, num_landmarks: int | Sequence[int] = 64, **o
         The model.
 
     Raises:
-        ValueError: the model has no such module, or one with kdim, vdim, add_bias_kv, add_zero_attn or hooks; then
-            nothing is changed.
+        ValueError: the model has no such module, or a torch.nn.MultiheadAttention with kdim, vdim, add_bias_kv,
+            add_zero_attn or hooks; then nothing is changed.
     """
-    names = {module: name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention}
+    names = {module: name for name, module in model.named_modules() if _is_attention(module)}
     if not names:
-        raise ValueError(f"model must contain a torch.nn.MultiheadAttention, got {type(model).__name__} without one")
+        wanted = "a torch.nn.MultiheadAttention or timm's Attention"
+        raise ValueError(f"model must contain {wanted}, got {type(model).__name__} without one")
     for module, name in names.items():
-        _check_replaceable(name or "model", module)
-    new = {module: _landmarks_of(module, num_landmarks, options) for module in names}
+        if isinstance(module, nn.MultiheadAttention):
+            _check_replaceable(name or "model", module)
+    new = {module: _converted(module, num_landmarks, options) for module in names}
     if model in new:
         return new[model]  # type: ignore[return-value]
     for parent in list(model.modules()):
@@ -43,6 +50,21 @@ def replace_attention(model: Model, num_landmarks: int | Sequence[int] = 64, **o
         if isinstance(parent, nn.TransformerEncoder):
             parent.use_nested_tensor = False  # a nested tensor has no key_padding_mask
     return model
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return type(module) is nn.MultiheadAttention or _qualified_name(module) in CONVERTERS
+
+
+def _qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _converted(module: nn.Module, num_landmarks: int | Sequence[int], options: dict[str, Any]) -> nn.Module:
+    """The module with landmarks around the same parameters."""
+    if isinstance(module, nn.MultiheadAttention):
+        return _landmarks_of(module, num_landmarks, options)
+    return importlib.import_module(CONVERTERS[_qualified_name(module)]).convert(module, num_landmarks, **options)
 
 
 def _check_replaceable(name: str, module: nn.MultiheadAttention) -> None:

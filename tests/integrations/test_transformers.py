@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-transformers = pytest.importorskip("transformers")
-
-from nystromgan.integrations.transformers import AcceleratedSelfAttention, accelerate  # noqa: E402
-from nystromgan.testing import padding_mask, relative_error  # noqa: E402
+from nystromgan.integrations.transformers import AcceleratedSelfAttention, accelerate
+from nystromgan.testing import padding_mask, relative_error
 
 TOKENS = 48
 
