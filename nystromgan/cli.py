@@ -8,6 +8,10 @@ from collections.abc import Sequence
 # name: (module, imported only when its command runs; what it does)
 COMMANDS = {
     "doctor": ("nystromgan._doctor", "say what this machine can run, and why not the rest"),
+    "list": ("nystromgan.zoo.cli.list", "list the models, the checkpoints that ship and the recipes"),
+    "info": ("nystromgan.zoo.cli.info", "say what a model or a checkpoint is"),
+    "sample": ("nystromgan.zoo.cli.sample", "draw from a trained model: a GIF, an MP4 or a sheet"),
+    "train": ("nystromgan.zoo.cli.train", "train a model by a recipe, or go on with a run"),
     "bench": ("nystromgan.bench.cli", "measure time and memory beside what else computes the same"),
     "report": ("nystromgan.bench.report", "make a page of the measured results"),
 }
@@ -27,9 +31,10 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code, 1 after an error that the user can mend, told in one line."""
     argv = sys.argv[1:] if argv is None else argv
-    args = _parser(argv).parse_args(argv)
     try:
+        args = _parser(argv).parse_args(argv)
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"nystromgan {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ImportError, ValueError, OSError, RuntimeError) as error:
+        advice = " (pip install 'nystromgan[zoo]')" if isinstance(error, ImportError) else ""
+        print(f"nystromgan {argv[0]}: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         return 1

@@ -11,7 +11,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = {"nystromgan": "nystromgan", "nystromgan.zoo": "zoo", "nystromgan.bench": "bench"}
 PICTURES = ("matplotlib", "PIL", "tifffile", "imageio", "cv2", "skimage", "torchvision", "trackastra", "av")
-SHARED_ZOO = {"blocks", "training", "metrics", "data", "checkpoints", "demo"}  # every other folder of zoo/ is a paper
+SHARED_ZOO = {
+    "blocks",
+    "training",
+    "metrics",
+    "data",
+    "checkpoints",
+    "cli",
+    "demo",
+}  # every other folder of zoo/ is a paper
 
 
 def _modules() -> Iterator[tuple[str, pathlib.Path]]:

@@ -1,8 +1,8 @@
 """What a paper gives the training loop: players that take turns, a loss for each, and stages.
 
-A step of the loop: it reads max(player.steps) batches; then every player in order takes `steps` turns, turn t on batch t.
-In a turn only the player's own parameters require gradients; its loss is minimised by its own optimizer. Data, precision,
-accumulation, averaging, checkpoints, logging and processes are the loop's.
+A step of the loop reads max(player.steps) batches; then every player in order takes its `steps` turns, turn t on batch
+t. In a turn only the player's own parameters require gradients, and its own optimizer minimises its loss. Data,
+precision, accumulation, averaging, checkpoints, logging and processes are the loop's.
 """
 
 from __future__ import annotations

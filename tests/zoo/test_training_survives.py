@@ -1,0 +1,221 @@
+"""What training survives: kill -9 at any moment, a full disk, damaged files, losses that are not finite."""
+
+import errno
+import json
+import os
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from nystromgan import cli
+from nystromgan.zoo import storage
+from nystromgan.zoo.training import run_folder
+
+Launch = Callable[..., BaseProcess]
+
+
+def _train(recipe: str, folder: pathlib.Path, *more: str) -> int:
+    output = [] if recipe == str(folder) else ["--output", str(folder)]
+    return cli.main(["train", recipe, *output, "--device", "cpu", "--threads", "1", "--quiet", *more])
+
+
+def _final(folder: pathlib.Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[dict]]:
+    """The tensors of the last state and of the model, and the log without times."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = [{key: value for key, value in line.items() if key != "time"} for line in lines]
+    return load_file(run_folder.states(folder)[-1]), load_file(folder / "model" / "model.safetensors"), log
+
+
+def _assert_same_end(one: pathlib.Path, other: pathlib.Path) -> None:
+    (*tensors, log), (*others, other_log) = _final(one), _final(other)
+    for state, other_state in zip(tensors, others, strict=True):
+        assert state.keys() == other_state.keys()
+        assert not [name for name in state if not torch.equal(state[name], other_state[name])]
+    assert log == other_log
+
+
+@pytest.fixture(scope="module")
+def whole(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tiny.toml").write_text(tiny.RECIPE)
+    process = launch("train", str(folder / "tiny.toml"), "--output", str(folder / "run"), "--device", "cpu")
+    process.join()
+    assert process.exitcode == 0
+    return folder / "run"
+
+
+# 1 to 8: recipe, log, a sheet, ...; each write syncs its file and then the folder.
+@pytest.mark.parametrize("sync", [1, 3, 5, 6, 9, 11, 14, 17, 23])
+def test_killed_while_it_writes(
+    sync: int, whole: pathlib.Path, launch: Launch, recipe: str, tmp_path: pathlib.Path
+) -> None:
+    run = tmp_path / "run"
+    process = launch("train", recipe, "--output", str(run), "--device", "cpu", kill_in_sync=sync)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    target = [str(run)] if run_folder.holds_a_run(run) else [recipe, "--output", str(run)]
+    again = launch("train", *target, "--device", "cpu")
+    again.join()
+    assert again.exitcode == 0
+    _assert_same_end(run, whole)
+    assert not list(run.rglob(f"*{storage.TEMPORARY}"))
+
+
+@pytest.mark.parametrize("step", [2, 4, 8])
+def test_killed_from_outside(step: int, whole: pathlib.Path, launch: Launch, tmp_path: pathlib.Path) -> None:
+    path, run = tmp_path / "tiny.toml", tmp_path / "run"
+    path.write_text(tiny.RECIPE)
+    process = launch("train", str(path), "--output", str(run), "--device", "cpu")
+    log = run / "log.jsonl"
+    while process.is_alive() and not (log.exists() and log.read_text().count("\n") >= step):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    again = launch("train", str(run), "--device", "cpu")
+    again.join()
+    assert again.exitcode == 0
+    _assert_same_end(run, whole)
+
+
+def test_asked_to_stop_it_saves_and_goes_on_later(whole: pathlib.Path, launch: Launch, tmp_path: pathlib.Path) -> None:
+    path, run = tmp_path / "tiny.toml", tmp_path / "run"
+    path.write_text(tiny.RECIPE.replace("steps = 9", "steps = 100000"))
+    process = launch("train", str(path), "--output", str(run), "--device", "cpu")
+    log = run / "log.jsonl"
+    while process.is_alive() and not (log.exists() and log.read_text()):
+        time.sleep(0.001)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 130
+    line = log.read_text().splitlines()[-1]
+    assert run_folder.states(run)[-1].stem == f"step-{json.loads(line)['step']:09}"
+
+
+def test_several_stages_go_on_in_the_right_one(tiny_paper: None, recipe: str, tmp_path: pathlib.Path) -> None:
+    stages = ("--set", "objective.num_stages=2", "--set", "train.ema=0.0")
+    assert _train(recipe, tmp_path / "whole", *stages) == 0
+    assert _train(recipe, tmp_path / "run", *stages, "--set", "train.keep=9") == 0
+    for state in run_folder.states(tmp_path / "run")[4:]:  # as if it had been killed in the second stage
+        state.unlink()
+    assert _train(str(tmp_path / "run"), tmp_path / "run") == 0
+    _assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_full_disk_leaves_the_last_state(
+    tiny_paper: None,
+    recipe: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    run = tmp_path / "run"
+    assert _train(recipe, run, "--steps", "3") == 0
+    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    real = os.fsync
+
+    def full(descriptor: int) -> None:
+        if os.fstat(descriptor).st_size > 10_000 and not os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert _train(str(run), run, "--steps", "6") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "No space left on device; what was there before is unchanged" in line
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
+    assert _train(str(run), run, "--steps", "6") == 0  # once there is space again
+
+
+def test_a_file_size_limit_leaves_the_last_state(launch: Launch, recipe: str, tmp_path: pathlib.Path) -> None:
+    """A real refusal by the kernel, in the middle of a write."""
+    run = tmp_path / "run"
+    first = launch("train", recipe, "--output", str(run), "--device", "cpu", "--steps", "3")
+    first.join()
+    before = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    limit = max(len(content) for content in before.values()) - 1
+    second = launch("train", str(run), "--device", "cpu", "--steps", "6", largest_file=limit)
+    second.join()
+    assert (first.exitcode, second.exitcode) == (0, 1)
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == before
+    assert not list(run.rglob(f"*{storage.TEMPORARY}"))
+
+
+def _truncate(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _flip_a_bit(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def _empty(path: pathlib.Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"), [(_truncate, "truncated"), (_flip_a_bit, "corrupted"), (_empty, "truncated")]
+)
+def test_a_damaged_state_is_named_and_nothing_is_overwritten(
+    damage: Callable[[pathlib.Path], None],
+    word: str,
+    tiny_paper: None,
+    recipe: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    run = tmp_path / "run"
+    assert _train(recipe, run, "--steps", "6") == 0
+    earlier, last = run_folder.states(run)
+    damage(last)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert _train(str(run), run) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert str(last) in line
+    assert word in line
+    assert f"delete it to go on from {earlier.name}" in line
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_state_of_another_model_is_refused(
+    tiny_paper: None, recipe: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert _train(recipe, run, "--steps", "3") == 0
+    assert _train(str(run), run, "--set", "model.preset=tiny-wide", "--set", "model.width=16") == 1
+    assert "is of another model than this TinyObjective: model.layers.0" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_is_saved(
+    tiny_paper: None, recipe: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert _train(recipe, run, "--set", "objective.nan_at=5") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "the loss of critic is nan at step 6" in line
+    assert f"the last good state is {run}/states/step-000000003.safetensors" in line
+    assert len(run_folder.states(run)) == 1
+    assert _train(str(run), run, "--set", "objective.nan_at=-1") == 0
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    tiny_paper: None, recipe: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert _train(recipe, run, "--steps", "3") == 0
+    assert _train(recipe, run) == 1
+    assert f"{run} holds a run" in capsys.readouterr().err
+    held = run_folder.RunFolder(run)
+    assert _train(str(run), run) == 1
+    assert f"another process is training in {run}" in capsys.readouterr().err
+    held.close()

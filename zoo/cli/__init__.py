@@ -1,0 +1,1 @@
+"""The zoo's commands: one module each, with `add_arguments(parser)` and `run(args)`."""
