@@ -5,7 +5,6 @@ Mansimov and Salakhutdinov, "Unsupervised learning of video representations usin
 """
 
 import os
-from collections.abc import Sequence
 
 import numpy
 import torch
@@ -53,7 +52,7 @@ class MovingMNIST(Dataset[Tensor]):
         source: str | os.PathLike = "mnist",
         split: str = "train",
         digit_size: int = 28,
-        speed: Sequence[float] = (1.0, 4.0),
+        speed: tuple[float, float] = (1.0, 4.0),
         row_spread: float = 1.0,
     ) -> None:
         for name, value in (("frames", frames), ("num_digits", num_digits), ("length", length)):
