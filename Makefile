@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format native wheel sanitize bench gpu-check clean
+.PHONY: demo test lint format native cuda-check wheel sanitize bench gpu-check clean
 
 demo: native
 	$(PY) -m nystromgan.zoo.demo
@@ -31,6 +31,11 @@ format: $(READY)
 # Only files that changed are compiled again.
 native: $(READY)
 	@$(PY) setup.py -q build_native --inplace
+
+# The CUDA library for sm_80 and sm_90a, and what the compiler says of it: needs nvcc >= 13.0 and no GPU.
+cuda-check: $(READY)
+	NYSTROMGAN_BUILD=cuda $(PY) setup.py -q build_native --inplace
+	$(PY) -m pytest -q tests/test_cuda_library.py tests/test_backend.py
 
 wheel: $(READY)
 	rm -rf build/lib* build/bdist*

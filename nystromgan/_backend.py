@@ -14,11 +14,12 @@ from nystromgan import _env, _library, _native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-# The backends that implement each op, in the order in which `auto` tries them: the measured winner first.
+# The backends that implement each op, in the order in which `auto` tries them: the measured winner first, and `cuda`,
+# which has not run on a GPU yet, after `triton`.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "nystrom_attention": ("cpu", "triton", "reference"),
     "spatiotemporal_attention": ("cpu", "triton", "reference"),
-    "iterative_pinv": ("cpu", "triton", "reference"),
+    "iterative_pinv": ("cpu", "triton", "cuda", "reference"),
     "power_iteration": ("cpu", "triton", "reference"),
 }
 
@@ -39,7 +40,7 @@ def _machine_reasons(backend: str) -> list[str]:
         if not torch.cuda.is_available() and not _env.triton_interpret():
             return ["torch sees no CUDA device (TRITON_INTERPRET=1 runs it on the CPU, slowly)"]
     if backend == "cuda":
-        return ["this build has no CUDA library"]
+        return _native.cuda_reasons()
     return []
 
 

@@ -9,6 +9,7 @@ import torch
 from nystromgan import _env
 
 CPU_LIBRARY = "libnystromgan_cpu.so"
+CUDA_LIBRARY = "libnystromgan_cuda.so"
 CPU_ISAS = ("portable", "avx2", "avx512", "amx")
 
 
@@ -41,3 +42,22 @@ def cpu_isa() -> str | None:
     if not name:
         raise ValueError(f"NYSTROMGAN_CPU_ISA must be one of {CPU_ISAS}, got {_env.cpu_isa()!r}")
     return name
+
+
+@functools.lru_cache(maxsize=1)
+def cuda_reasons() -> list[str]:
+    """Loads the CUDA library, which registers its kernels; the reasons why no GPU can run them, none when one can."""
+    path = library_path(CUDA_LIBRARY)
+    if not path.exists():
+        build = "reinstall with nvcc >= 13.0 and NYSTROMGAN_BUILD=cuda"
+        return [f"the CUDA library is not built ({path} is missing; {build})"]
+    try:
+        torch.ops.load_library(str(path))
+        function = ctypes.CDLL(str(path)).nystromgan_cuda_reason
+    except OSError as error:
+        return [f"the CUDA library does not load: {error}"]
+    function.restype = ctypes.c_char_p
+    reason = function().decode()
+    if not reason and not torch.cuda.is_available():
+        reason = "torch sees no CUDA device"
+    return [reason] if reason else []

@@ -68,13 +68,14 @@ def _variables_read(path: pathlib.Path) -> set[str]:
 
 def test_environment_table_is_complete() -> None:
     table = set(re.findall(r"^\| `([A-Z_0-9]+)`", (ROOT / "docs/environment.md").read_text(), re.MULTILINE))
-    readers = ("nystromgan/_env.py", "setup.py", "csrc/cpu/isa.cpp")
+    emulation = "csrc/cuda/emulation/emulation.cpp"
+    readers = ("nystromgan/_env.py", "setup.py", "csrc/build.py", "csrc/cpu/isa.cpp", emulation)
     assert table == set().union(*(_variables_read(ROOT / reader) for reader in readers))
 
 
 def test_environment_is_read_in_one_place_a_language() -> None:
     sources = [path for top in ("nystromgan", "zoo", "bench") for path in (ROOT / top).rglob("*.py")]
     native = [path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".cpp", ".h", ".cu", ".cuh")]
-    readers = {ROOT / "nystromgan/_env.py", ROOT / "csrc/cpu/isa.cpp"}
+    readers = {ROOT / "nystromgan/_env.py", ROOT / "csrc/cpu/isa.cpp", ROOT / "csrc/cuda/emulation/emulation.cpp"}
     reads = re.compile(r"environ\[|environ\.get|getenv\(")
     assert {path for path in [*sources, *native] if reads.search(path.read_text())} == readers

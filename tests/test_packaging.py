@@ -116,7 +116,7 @@ def test_without_a_compiler_the_package_runs_on_reference(pure_wheel: pathlib.Pa
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"NYSTROMGAN_BUILD": "fast"}, "NYSTROMGAN_BUILD must be one of auto, none, cpu; got 'fast'"),
+        ({"NYSTROMGAN_BUILD": "fast"}, "NYSTROMGAN_BUILD must be one of auto, none, cpu, cuda, emulation; got 'fast'"),
         (
             {"NYSTROMGAN_BUILD": "cpu", "CXX": "no-such-compiler"},
             "NYSTROMGAN_BUILD is cpu, but no C++ compiler was found",

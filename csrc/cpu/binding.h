@@ -1,35 +1,10 @@
 // What the bindings share: from torch's stable tensors to the raw pointers and strides that kernels take.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <vector>
-
+#include "../common/binding.h"
 #include "isa.h"
-#include "types.h"
 
 namespace nystromgan {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline Dtype dtype(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default:
-      STD_TORCH_CHECK(
-          false, name, " must be float32, bfloat16 or float16, got ", torch::headeronly::toString(tensor.scalar_type()));
-  }
-}
-
-inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
-}
 
 // A scalar tensor of any floating-point dtype.
 inline float read_scalar(const Tensor& tensor) {

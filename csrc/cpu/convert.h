@@ -2,7 +2,7 @@
 #pragma once
 
 #include "simd.h"
-#include "types.h"
+#include "../common/types.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
 

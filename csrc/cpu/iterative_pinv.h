@@ -1,7 +1,7 @@
 // What the iterative_pinv binding hands to its kernels, free of torch and of any instruction set.
 #pragma once
 
-#include "types.h"
+#include "../common/types.h"
 
 namespace nystromgan {
 

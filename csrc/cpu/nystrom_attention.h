@@ -3,7 +3,7 @@
 // B batch, H heads, N query tokens, S key tokens, M landmarks, D query/key head dim, E value head dim.
 #pragma once
 
-#include "types.h"
+#include "../common/types.h"
 
 namespace nystromgan {
 

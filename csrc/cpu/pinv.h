@@ -7,7 +7,7 @@
 #pragma once
 
 #include "matmul.h"
-#include "types.h"
+#include "../common/types.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
 

@@ -1,7 +1,7 @@
 // What the grouped power iteration's kernels take from their binding. Strides are in elements.
 #pragma once
 
-#include "types.h"
+#include "../common/types.h"
 
 namespace nystromgan {
 

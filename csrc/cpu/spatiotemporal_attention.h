@@ -1,7 +1,7 @@
 // What the kernels of spatiotemporal_attention take. Notation: B batch, H heads, N queries, S keys, C and E channels.
 #pragma once
 
-#include "types.h"
+#include "../common/types.h"
 
 namespace nystromgan {
 

@@ -8,6 +8,7 @@ from nystromgan.ops.iterative_pinv import reference
 
 OP = "iterative_pinv"
 PINV_INITS = ("per_matrix", "global_max")
+CUDA_ROWS = 512  # the largest M that the cuda kernels take
 
 
 def iterative_pinv(matrix: Tensor, *, iterations: int = 6, init: str = "per_matrix", backend: str = "auto") -> Tensor:
@@ -44,11 +45,16 @@ def iterative_pinv(matrix: Tensor, *, iterations: int = 6, init: str = "per_matr
     _check.one_of("init", init, PINV_INITS)
     if matrix.dtype != torch.float64:
         matrix = matrix.float()
-    chosen = _backend.choose(OP, backend, (matrix,))
+    chosen = _backend.choose(OP, backend, (matrix,), lambda name: _op_reasons(name, matrix.shape[-1]))
     with torch.autocast(matrix.device.type, enabled=False):
         if chosen == "reference":
             return reference.iterative_pinv(matrix, iterations, init == "global_max")
         return torch.ops.nystromgan.iterative_pinv(matrix, iterations, init == "global_max", chosen)
+
+
+def _op_reasons(backend: str, size: int) -> list[str]:
+    """Why a backend cannot take matrices of this size."""
+    return [f"takes up to {CUDA_ROWS} rows, got {size}"] if backend == "cuda" and size > CUDA_ROWS else []
 
 
 def _forward(matrix: Tensor, iterations: int, global_init: bool, backend: str) -> Tensor:

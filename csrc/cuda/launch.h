@@ -1,0 +1,51 @@
+// From tensors to kernels: what the bindings of csrc/cuda share.
+//
+// Kernels are loaded through the driver, which is found when the first one is launched: the library links with nothing
+// of CUDA, so that it loads on every machine and one of it serves every torch >= 2.10.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "../common/binding.h"
+
+namespace nystromgan {
+
+struct Kernel {
+  const char* image;  // the .cu file that it is compiled from
+  const char* name;
+  void (*emulated)(const void*);
+};
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes;
+  bool cooperative = false;  // all blocks at once, at most `resident_blocks`, so that they can wait for each other
+};
+
+// On the current stream of the tensor's device; raises what the driver says.
+void launch(const Kernel& kernel, const Launch& launch, const void* parameters, const Tensor& on);
+
+// How many blocks of a kernel the device of `on` holds at once.
+int64_t resident_blocks(const Kernel& kernel, int threads, size_t shared_bytes, const Tensor& on);
+
+// Bytes of shared memory that one block may take on the device of `on`.
+size_t shared_limit(const Tensor& on);
+
+}  // namespace nystromgan
+
+// A kernel of kernels/<image>.cu, as kernel_<name>; and where a file's bindings are registered.
+#if NYSTROMGAN_EMULATION
+#define DECLARE_KERNEL(image, name)  \
+  extern "C" void name(const void*); \
+  inline const ::nystromgan::Kernel kernel_##name{#image, #name, &name};
+#define NYSTROMGAN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(nystromgan, CPU, m)
+#else
+#define DECLARE_KERNEL(image, name) inline const ::nystromgan::Kernel kernel_##name{#image, #name, nullptr};
+#define NYSTROMGAN_BINDINGS(m) STABLE_TORCH_LIBRARY_IMPL(nystromgan, CUDA, m)
+#endif

@@ -1,0 +1,107 @@
+#include "pinv_launch.h"
+
+#include <algorithm>
+
+#include "iterative_pinv.h"
+
+DECLARE_KERNEL(pinv_chip_32, pinv_chip_32)
+DECLARE_KERNEL(pinv_chip_64, pinv_chip_64)
+DECLARE_KERNEL(pinv_chip_128, pinv_chip_128)
+DECLARE_KERNEL(pinv_chip_backward_32, pinv_chip_backward_32)
+DECLARE_KERNEL(pinv_chip_backward_64, pinv_chip_backward_64)
+DECLARE_KERNEL(pinv_tiled, pinv_tiled_forward)
+DECLARE_KERNEL(pinv_tiled_backward, pinv_tiled_gradient)
+DECLARE_KERNEL(pinv_start, pinv_norms_of)
+DECLARE_KERNEL(pinv_start, pinv_dots)
+DECLARE_KERNEL(pinv_start, pinv_start_grad)
+
+namespace nystromgan {
+namespace {
+
+constexpr int kTileThreads = 128, kStartThreads = 256, kTile = 64;
+constexpr size_t kMatmulSharedBytes = 2 * 3 * 64 * 36 * 4, kMostStartBytes = 2 * 512 * 4;
+constexpr int64_t kWorkMatrices = 6, kMostChip = 128, kMostChipBackward = 64;
+
+int64_t block_of(int64_t size) { return size <= 32 ? 32 : size <= 64 ? 64 : 128; }
+
+size_t slots(int64_t count, int64_t block) { return count * block * (block + 4) * sizeof(float); }
+
+float* room(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+Tensor floats(const Tensor& on, int64_t count) { return empty(on, {count}, ScalarType::Float); }
+
+Tensor norms_of(const Tensor& on, const float* matrix, int64_t count, int64_t size) {
+  const Tensor norms = floats(on, 2 * count);
+  const PinvNorms problem{matrix, room(norms), count, static_cast<int>(size)};
+  launch(kernel_pinv_norms_of, {count, kStartThreads, kMostStartBytes}, &problem, on);
+  return norms;
+}
+
+// A launch of as many blocks as there are tiles, or as fit at once.
+void launch_tiled(const Kernel& kernel, PinvTiled problem, const Tensor& on) {
+  const int64_t tiles = (problem.padded_size + kTile - 1) / kTile;
+  const int64_t resident = resident_blocks(kernel, kTileThreads, kMatmulSharedBytes, on);
+  const int64_t blocks = std::min(resident, problem.count * tiles * tiles);
+  launch(kernel, {blocks, kTileThreads, kMatmulSharedBytes, true}, &problem, on);
+}
+
+PinvTiled tiled(const float* matrix, const Tensor& norms, int64_t count, int64_t size, int64_t iterations, bool global) {
+  PinvTiled problem{};
+  problem.matrix = matrix, problem.norms = room(norms), problem.count = count, problem.global_init = global;
+  problem.size = static_cast<int>(size), problem.padded_size = static_cast<int>((size + 15) / 16 * 16);
+  problem.iterations = static_cast<int>(iterations);
+  return problem;
+}
+
+}  // namespace
+
+void launch_pinv(const Tensor& on, const float* matrix, float* inverse, int64_t count, int64_t size, int64_t iterations,
+                 bool global_init) {
+  if (size > kMostChip) {
+    const Tensor norms = norms_of(on, matrix, count, size);
+    PinvTiled problem = tiled(matrix, norms, count, size, iterations, global_init);
+    const int64_t floats_each = static_cast<int64_t>(problem.padded_size) * problem.padded_size;
+    const Tensor work = floats(on, count * floats_each * (1 + kPinvIterates));
+    problem.inverse = inverse, problem.padded = room(work), problem.iterates = room(work) + count * floats_each;
+    return launch_tiled(kernel_pinv_tiled_forward, problem, on);
+  }
+  const Tensor norms = global_init ? norms_of(on, matrix, count, size) : floats(on, 0);
+  PinvChip problem{};
+  problem.matrix = matrix, problem.norms = global_init ? room(norms) : nullptr, problem.inverse = inverse;
+  problem.count = count, problem.size = static_cast<int>(size), problem.iterations = static_cast<int>(iterations);
+  const int64_t block = block_of(size);
+  const Kernel& kernel = block == 32 ? kernel_pinv_chip_32 : block == 64 ? kernel_pinv_chip_64 : kernel_pinv_chip_128;
+  launch(kernel, {count, static_cast<int>(2 * block), slots(block <= 64 ? 3 : 2, block)}, &problem, on);
+}
+
+void launch_pinv_backward(const Tensor& on, const float* grad_output, const float* matrix, float* grad_matrix,
+                          int64_t count, int64_t size, int64_t iterations, bool global_init) {
+  const Tensor grad_start = floats(on, count * size * size);
+  const bool chip = size <= kMostChipBackward;
+  const Tensor norms = chip && !global_init ? floats(on, 0) : norms_of(on, matrix, count, size);
+  if (chip) {
+    const int64_t block = block_of(size);
+    const Tensor iterates = floats(on, count * kPinvIterates * iterations * block * block);
+    PinvChip problem{};
+    problem.matrix = matrix, problem.norms = global_init ? room(norms) : nullptr, problem.grad_output = grad_output;
+    problem.iterates = room(iterates), problem.grad_matrix = grad_matrix, problem.grad_start = room(grad_start);
+    problem.count = count, problem.size = static_cast<int>(size), problem.iterations = static_cast<int>(iterations);
+    const Kernel& kernel = block == 32 ? kernel_pinv_chip_backward_32 : kernel_pinv_chip_backward_64;
+    launch(kernel, {count, static_cast<int>(2 * block), slots(9, block)}, &problem, on);
+  } else {
+    PinvTiled problem = tiled(matrix, norms, count, size, iterations, global_init);
+    const int64_t floats_each = static_cast<int64_t>(problem.padded_size) * problem.padded_size;
+    const Tensor padded = floats(on, count * floats_each), work = floats(on, count * floats_each * kWorkMatrices);
+    const Tensor iterates = floats(on, count * floats_each * (kPinvIterates * iterations + 1));
+    problem.padded = room(padded), problem.work = room(work), problem.iterates = room(iterates);
+    problem.grad_output = grad_output, problem.grad_matrix = grad_matrix, problem.grad_start = room(grad_start);
+    launch_tiled(kernel_pinv_tiled_gradient, problem, on);
+  }
+  const Tensor dots = floats(on, count);
+  const PinvStart start{matrix, room(norms), room(grad_start), room(dots), grad_matrix, count,
+                        static_cast<int>(size), global_init};
+  if (global_init) launch(kernel_pinv_dots, {count, kStartThreads, kMostStartBytes}, &start, on);
+  launch(kernel_pinv_start_grad, {count, kStartThreads, kMostStartBytes}, &start, on);
+}
+
+}  // namespace nystromgan
