@@ -20,7 +20,7 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "nystrom_attention": ("cpu", "triton", "reference"),
     "spatiotemporal_attention": ("cpu", "triton", "reference"),
     "iterative_pinv": ("cpu", "triton", "cuda", "reference"),
-    "power_iteration": ("cpu", "triton", "reference"),
+    "power_iteration": ("cpu", "triton", "cuda", "reference"),
 }
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from nystromgan import UnsupportedError, _backend, _native, iterative_pinv
+from nystromgan import UnsupportedError, _backend, _native, iterative_pinv, power_iteration
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "native"
@@ -21,6 +21,7 @@ ARCHITECTURES = ("sm_80", "sm_90a")
 LOGS = sorted(path.with_suffix(".log") for path in FOLDER.glob("*.fatbin"))
 OPS = {
     "iterative_pinv": ("iterative_pinv", "iterative_pinv_backward"),
+    "power_iteration": ("power_iteration", "spectral_normalize"),
 }
 built = pytest.mark.skipif(not (FOLDER / _native.CUDA_LIBRARY).exists(), reason="the CUDA library is not built")
 
@@ -116,3 +117,10 @@ class TestFakeTensors:
                 iterative_pinv(torch.empty(513, 513, device="cuda"), backend="cuda")
             with pytest.raises(UnsupportedError, match=r"takes float32, bfloat16 and float16, got torch\.float64"):
                 iterative_pinv(torch.empty(5, 5, device="cuda", dtype=torch.float64), backend="cuda")
+
+    def test_power_iteration(self) -> None:
+        with FakeTensorMode():
+            weight, u, v = (torch.empty(*shape, device="cuda") for shape in ((8, 5), (8,), (5,)))
+            assert power_iteration([weight, weight], [u, u], [v, v], backend="cuda").shape == (2,)
+            with pytest.raises(UnsupportedError, match="needs tensors on cuda, got one on cpu"):
+                power_iteration(weight, u, torch.empty(5), backend="cuda")

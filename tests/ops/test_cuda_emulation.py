@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nystromgan import _env, iterative_pinv
+from nystromgan import _env, iterative_pinv, power_iteration
+from nystromgan.ops.power_iteration import spectral_normalize
 from nystromgan.testing import assert_matches_reference, normal, relative_error
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -75,3 +76,34 @@ else:
                 results += [inverse.detach(), *torch.autograd.grad(inverse.square().sum(), matrix)]
             assert torch.equal(results[0], results[2])
             assert torch.equal(results[1], results[3])
+
+    class TestPowerIteration:
+        SHAPES = ((5, 3), (64, 27), (33, 40), (3, 1100), (1, 1), (150, 16))
+
+        def problem(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+            """Weights of many shapes, one of them transposed; vectors of another dtype than most weights, some strided."""
+            weights = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(self.SHAPES)]
+            weights.append(normal(24, 17, dtype=torch.float16, seed=7).mT)
+            u = [normal(2 * len(x), seed=20 + i)[::2] for i, x in enumerate(weights)]
+            v = [normal(x.shape[1], seed=40 + i) for i, x in enumerate(weights)]
+            return weights, u, [x / x.norm() for x in v]
+
+        @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+        @pytest.mark.parametrize("iterations", [0, 1, 3])
+        def test_against_float64(self, dtype: torch.dtype, iterations: int) -> None:
+            weights, u, v = self.problem(dtype)
+            wide = [[x.double() for x in tensors] for tensors in (weights, u, v)]
+            sigma = power_iteration(weights, u, v, iterations=iterations, backend=BACKEND)
+            exact = power_iteration(*wide, iterations=iterations, backend="reference")
+            for x, y in zip((sigma, *u, *v), (exact, *wide[1], *wide[2]), strict=True):
+                assert relative_error(x, y) < 2e-6
+            normalized = spectral_normalize(weights, u, v, iterations=0, backend=BACKEND)
+            for x, y in zip(normalized, spectral_normalize(*wide, iterations=0, backend="reference"), strict=True):
+                assert relative_error(x, y) < (2e-6 if x.dtype == torch.float32 else 4e-3)
+
+        def test_more_weights_than_one_launch_takes(self) -> None:
+            weights = [normal(4, 3, seed=i) for i in range(130)]
+            u, v = [torch.ones(4) for _ in weights], [torch.ones(3) for _ in weights]
+            together = power_iteration(weights, u, v, backend=BACKEND)
+            last = power_iteration(weights[-1], torch.ones(4), torch.ones(3), backend=BACKEND)
+            assert torch.equal(together[-1:], last)
