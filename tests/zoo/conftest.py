@@ -9,6 +9,7 @@ from multiprocessing.process import BaseProcess
 
 import pytest
 import tiny
+import torch
 
 from nystromgan.zoo import data, registry
 
@@ -17,6 +18,12 @@ from nystromgan.zoo import data, registry
 def tiny_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.PAPERS, "tiny", "tiny")
     monkeypatch.setitem(data.SOURCES, "blobs", "tiny:Blobs")
+
+
+@pytest.fixture
+def one_thread(reproducible: None) -> None:
+    """For networks so small that a second thread costs more than it does."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from nystromgan.zoo import storage
 from nystromgan.zoo.training import run_folder
 
 Launch = Callable[..., BaseProcess]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _train(recipe: str, folder: pathlib.Path, *more: str) -> int:

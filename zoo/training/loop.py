@@ -229,7 +229,7 @@ class Loop:
         self._update(turns)
 
     def _update(self, turns: Turns) -> None:
-        self.processes.average_gradients(turns.parameters)
+        self.processes.sum_gradients(turns.parameters)
         turns.scaler.unscale_(turns.optimizer)
         if turns.config.clip_norm:
             nn.utils.clip_grad_norm_(turns.parameters, turns.config.clip_norm)

@@ -1,4 +1,4 @@
-"""One process or several: accelerate finds the group and the device; gradients and logs are averaged over it."""
+"""One process or several: accelerate finds the group and the device; gradients are summed and logs averaged over it."""
 
 import torch
 from accelerate import PartialState
@@ -26,14 +26,14 @@ class Processes:
         """The mean over the processes, on each of them."""
         return reduce(tensor, "mean") if self.count > 1 else tensor
 
-    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Gradients become their mean over the processes, in one message."""
+    def sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Gradients become their sum over the processes, in one message."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.count == 1 or not gradients:
             return
-        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
+        flat = reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
 
     def share(self, tensors: list[Tensor]) -> None:
         """Every process gets the first one's values."""

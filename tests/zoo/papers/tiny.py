@@ -46,7 +46,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.Sequential(
-            spectral_norm(nn.Linear(config.latent_dim, config.width)),
+            spectral_norm(nn.Linear(config.latent_dim, config.width, bias=False)),
             nn.BatchNorm1d(config.width),
             nn.Dropout(config.dropout),
             nn.Linear(config.width, 256),
