@@ -1,4 +1,4 @@
-// The binding of power_iteration and spectral_normalize: tensors to plain pointers, and matrices to row blocks.
+// The binding of power_iteration, spectral_normalize and its backward: tensors to plain pointers, and matrices to row blocks.
 #include "power_iteration.h"
 
 #include <algorithm>
@@ -11,6 +11,7 @@ namespace nystromgan {
 
 NYSTROMGAN_KERNEL(power_iteration, PowerIteration)
 NYSTROMGAN_KERNEL(spectral_normalize, SpectralNormalize)
+NYSTROMGAN_KERNEL(spectral_normalize_backward, SpectralNormalizeBackward)
 
 namespace {
 
@@ -85,22 +86,44 @@ std::tuple<Tensor, Tensor> iterate(Tensors matrices, Tensors u, Tensors v, int64
   return {sigma, uv};
 }
 
-Tensors normalize(Tensors matrices, Tensor sigma) {
+std::vector<void*> pointers_to(const Tensors& tensors) {
+  std::vector<void*> pointers;
+  for (const Tensor& t : tensors) pointers.push_back(t.mutable_data_ptr());
+  return pointers;
+}
+
+void normalize(Tensors matrices, Tensor sigma, Tensors outputs) {
   const std::vector<Weight> weights = weights_of(matrices);
   const std::vector<RowBlock> blocks = blocks_of(weights);
-  Tensors outputs;
-  std::vector<void*> pointers;
-  for (const Tensor& matrix : matrices) {
-    outputs.push_back(torch::stable::new_empty(matrix, matrix.sizes()));
-    pointers.push_back(outputs.back().mutable_data_ptr());
-  }
+  const std::vector<void*> pointers = pointers_to(outputs);
   SpectralNormalize call{};
   call.run = run_parallel;
   call.weights = weights.data(), call.outputs = pointers.data();
   call.sigma = sigma.const_data_ptr<float>();
   call.blocks = blocks.data(), call.num_blocks = blocks.size();
   spectral_normalize(call);
-  return outputs;
+}
+
+void normalize_backward(Tensors grad_outputs, Tensors outputs, Tensor sigma, Tensor uv, Tensors grad_weights) {
+  const std::vector<Weight> grads = weights_of(grad_outputs);
+  const std::vector<RowBlock> blocks = blocks_of(grads);
+  const std::vector<void*> to = pointers_to(grad_weights);
+  std::vector<const void*> from;
+  for (const Tensor& output : outputs) from.push_back(output.const_data_ptr());
+  std::vector<const float*> u, v;
+  const float* next = uv.const_data_ptr<float>();
+  for (const Weight& grad : grads) u.push_back(std::exchange(next, next + grad.rows));
+  for (const Weight& grad : grads) v.push_back(std::exchange(next, next + grad.cols));
+  std::vector<double> products(blocks.size());
+  std::vector<float> alongs(grads.size());
+  SpectralNormalizeBackward call{};
+  call.run = run_parallel;
+  call.grad_outputs = grads.data(), call.outputs = from.data();
+  call.sigma = sigma.const_data_ptr<float>();
+  call.u = u.data(), call.v = v.data(), call.grad_weights = to.data();
+  call.products = products.data(), call.alongs = alongs.data();
+  call.blocks = blocks.data(), call.num_weights = grads.size(), call.num_blocks = blocks.size();
+  spectral_normalize_backward(call);
 }
 
 }  // namespace
@@ -108,6 +131,7 @@ Tensors normalize(Tensors matrices, Tensor sigma) {
 STABLE_TORCH_LIBRARY_IMPL(nystromgan, CPU, m) {
   m.impl("power_iteration_native", TORCH_BOX(&iterate));
   m.impl("spectral_normalize_native", TORCH_BOX(&normalize));
+  m.impl("spectral_normalize_backward_native", TORCH_BOX(&normalize_backward));
 }
 
 }  // namespace nystromgan

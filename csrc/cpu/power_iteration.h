@@ -54,4 +54,19 @@ struct SpectralNormalize {
   int64_t num_blocks;
 };
 
+// dW = (dW_sn - <dW_sn, W_sn> u v^T) / sigma.
+struct SpectralNormalizeBackward {
+  ParallelRun run;
+  const Weight* grad_outputs;   // dW_sn
+  const void* const* outputs;   // W_sn, contiguous, in the dtypes of grad_outputs, as are grad_weights
+  const float* sigma;           // [num_weights]
+  const float* const* u;        // [rows] each
+  const float* const* v;        // [cols] each
+  void* const* grad_weights;    // dW
+  double* products;             // [num_blocks]: every row block's share of <dW_sn, W_sn>
+  float* alongs;                // [num_weights]: <dW_sn, W_sn>
+  const RowBlock* blocks;
+  int64_t num_weights, num_blocks;
+};
+
 }  // namespace nystromgan

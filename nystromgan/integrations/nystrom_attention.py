@@ -81,7 +81,7 @@ def accelerate(model: Model) -> Model:
         name = type(model).__name__
         raise ValueError(f"model must contain a nystrom_attention.NystromAttention, got {name} without one")
     for module in found:
-        kernel_size = module.res_conv.weight.shape[2] if module.residual else 1
+        kernel_size = module.get_parameter("res_conv.weight").shape[2] if module.residual else 1
         if kernel_size % 2 != 1:
             raise ValueError(f"residual_conv_kernel must be odd, got {kernel_size}")
     for module in found:

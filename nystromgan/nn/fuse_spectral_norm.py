@@ -123,9 +123,10 @@ def _recast(source: Any, target: type) -> Any:
 
 def _sites(model: nn.Module) -> Iterator[Site]:
     for module in model.modules():
-        for chain in getattr(module, "parametrizations", {}).values():
-            if isinstance(chain[0], SpectralNorm):
-                yield chain[0], chain[0], chain.original
+        if "parametrizations" in module._modules:
+            for chain in module.parametrizations.values():
+                if isinstance(chain[0], SpectralNorm):
+                    yield chain[0], chain[0], chain.original
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, FusedLegacyHook):
                 yield module, hook, getattr(module, f"{hook.name}_orig")

@@ -62,10 +62,11 @@ class _SelfAttention(nn.Module):
         self.key = convolution(channels, self.query_channels)
         self.value = convolution(channels, self.value_channels)
         self.output = convolution(self.value_channels, channels) if self.value_channels != channels else nn.Identity()
-        self.gamma = nn.Parameter(torch.empty((), device=device, dtype=dtype))
+        # One axis, since FSDP2 takes no parameter without.
+        self.gamma = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         draw = torch.empty(self._landmark_count(), dtype=torch.int64, device=device)
         self.register_buffer("landmark_draw", draw if landmarks == "random" else None)
-        self.register_load_state_dict_pre_hook(_keep_own_draw)
+        self.register_load_state_dict_pre_hook(_fit_state)
         self.reset_parameters()
 
     def _check_settings(self) -> None:
@@ -131,7 +132,7 @@ class _SelfAttention(nn.Module):
             )
             # Fused where nothing comes between; under autocast x keeps its own, wider dtype.
             if isinstance(self.output, nn.Identity) and x.dtype == query.dtype:
-                return exact(gamma=self.gamma, residual=x)
+                return exact(gamma=self.gamma[0], residual=x)
             attended = exact()
         return torch.addcmul(x, self.gamma, self.output(attended))
 
@@ -200,7 +201,7 @@ class _SelfAttention(nn.Module):
 class SelfAttention2d(_SelfAttention):
     """y = gamma * attention(x) + x over the positions of images, (B, channels, H, W) -> (B, channels, H, W).
 
-    `query`, `key` and `value` are 1x1 convolutions; `gamma` is a scalar that starts at 0. Parameters and their names do
+    `query`, `key` and `value` are 1x1 convolutions; `gamma` is one number that starts at 0. Parameters and their names do
     not depend on the landmarks: a checkpoint of the exact block loads in the Nyström one, and the reverse.
 
     Args:
@@ -252,8 +253,14 @@ def _per_axis(name: str, value: int | Sequence[int], axes: int) -> tuple[int, ..
     return values
 
 
-def _keep_own_draw(module: _SelfAttention, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Lets a checkpoint load whatever its kind of landmarks: a missing or ill-fitting draw leaves the module's own."""
+def _fit_state(module: _SelfAttention, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Lets a checkpoint load whatever its kind of landmarks: a missing or ill-fitting draw leaves the module's own.
+
+    A gamma of no axes or more than one, as other code has it, loads too.
+    """
+    gamma = state_dict.get(f"{prefix}gamma")
+    if gamma is not None and gamma.numel() == 1:
+        state_dict[f"{prefix}gamma"] = gamma.reshape(1)
     name, own = f"{prefix}landmark_draw", module.landmark_draw
     if own is None:
         state_dict.pop(name, None)

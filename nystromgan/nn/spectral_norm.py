@@ -58,6 +58,7 @@ class SpectralNorm(nn.Module):
         if self.ready is not None:
             ready, self.ready = self.ready, None
             return ready
+        # A weight that takes gradients is also written to through `.data`, by gradcheck for one, and no version tells.
         if self.training or torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
             self._cached = None
             return self._normalized(weight)
@@ -69,10 +70,12 @@ class SpectralNorm(nn.Module):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """(O, I): the weight with `dim` first and the others flattened."""
-        return weight.movedim(self.dim, 0).flatten(1)
+        return (weight.movedim(self.dim, 0) if self.dim else weight).flatten(1)
 
     def unmatrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
         """The inverse of `matrix`, contiguous."""
+        if self.dim == 0:
+            return matrix.view(shape)
         rest = [size for axis, size in enumerate(shape) if axis != self.dim]
         return matrix.unflatten(1, rest).movedim(0, self.dim).contiguous()
 
@@ -135,8 +138,8 @@ def spectral_norm(
     Raises:
         TypeError, ValueError, IndexError: naming the argument, the rule and the value.
 
-    Differentiable to any order in the weight, with u and v as constants. Without gradients, eval computes the weight
-    once and keeps it until it changes; writes through `.data` are seen at the next train() or eval().
+    Differentiable to any order in the weight, with u and v as constants. Where W takes no gradient,
+    eval computes W_sn once and keeps it until W changes; writes through `.data` are seen at the next train() or eval().
     Source: Miyato et al., "Spectral normalization for generative adversarial networks", 2018, algorithm 1.
     """
     weight = getattr(module, name, None)

@@ -163,6 +163,13 @@ def test_checkpoints_move_between_kinds(kind: str, other: str) -> None:
     source.load_state_dict(target.state_dict())
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1, 1, 1)])
+def test_gamma_loads_from_any_shape_of_one_number(shape: tuple[int, ...]) -> None:
+    block = _block()
+    block.load_state_dict({**_block().state_dict(), "gamma": torch.full(shape, 0.3)})
+    assert torch.equal(block.gamma, torch.tensor([0.3]))
+
+
 def test_a_checkpoint_of_another_width_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch for query\.weight"):
         _block(query_channels=4).load_state_dict(_block("random").state_dict())

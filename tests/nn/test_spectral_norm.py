@@ -250,6 +250,20 @@ def test_the_kept_weight_serves_calls_with_gradients_and_inference_mode() -> Non
     assert layer.parametrizations.weight.original.grad is not None
 
 
+def test_a_frozen_discriminator_recalls_its_weights_in_a_generators_step() -> None:
+    model = _discriminator(spectral_norm).eval().requires_grad_(False)
+    for _ in range(2):
+        fake = _images(requires_grad=True)
+        (grad,) = torch.autograd.grad(model(fake).sum(), fake)
+        assert grad.any()
+        weights = [module.weight for module in _normed(model)]
+        assert all(module.weight is weight for module, weight in zip(_normed(model), weights, strict=True))
+
+
+def _normed(model: nn.Sequential) -> list[nn.Module]:
+    return [module for module in model if hasattr(module, "parametrizations")]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     layer = spectral_norm(nn.Linear(20, 30, dtype=dtype))

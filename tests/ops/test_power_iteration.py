@@ -312,6 +312,77 @@ class TestGradients:
         assert torch.autograd.gradgradcheck(singular_value, weight)
 
 
+class TestNormalizeBackward:
+    """The first derivative of W / sigma, an op of its own, against the definition in float64."""
+
+    @on_native_backends
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_gradients(self, backend: str, dtype: torch.dtype) -> None:
+        weights, u, v = problem(dtype=dtype, device=device_of(backend), vectors=torch.float32)
+        grads = [normal(*w.shape, dtype=dtype, device=device_of(backend), seed=7) for w in weights]
+        results = []
+        for wide in (False, True):
+            cast = torch.float64 if wide else None
+            leaves = [w.requires_grad_() for w in copies(weights, cast)]
+            outputs = spectral_normalize(
+                leaves, copies(u, cast), copies(v, cast), backend="reference" if wide else backend
+            )
+            results.append(torch.autograd.grad(outputs, leaves, copies(grads, cast)))
+        for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+            assert actual.dtype == dtype
+            # Of one number the gradient is 0: all of grad / sigma lies along W_sn and is taken away.
+            size = expected.norm() + grads[i].double().norm() / weights[i].double().norm()
+            assert (actual.double() - expected).norm() / size < (1e-5 if dtype == torch.float32 else 2e-2), SHAPES[i]
+
+    @on_native_backends
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_layouts_of_gradients(self, backend: str, layout: str) -> None:
+        weights, u, v = problem(device=device_of(backend))
+        leaves = [w.requires_grad_() for w in weights]
+        grads = [normal(*w.shape, device=device_of(backend), seed=7) for w in weights]
+        outputs = spectral_normalize(leaves, u, v, backend=backend)
+        expected = torch.autograd.grad(outputs, leaves, grads, retain_graph=True)
+        actual = torch.autograd.grad(outputs, leaves, [LAYOUTS[layout](grad) for grad in grads])
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+class TestRecycledMemory:
+    """Outputs reuse the memory of outputs that are gone, and of no others."""
+
+    SHAPES = ((512, 100), (300, 400))
+
+    def step(self, weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+        return spectral_normalize(weights, u, v, iterations=0, backend="cpu")
+
+    @pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is not built")
+    def test_memory_comes_back_once_nobody_holds_it(self) -> None:
+        weights, u, v = problem(list(self.SHAPES))
+        first = self.step(weights, u, v)
+        places = {x.data_ptr() for x in first}
+        views, values = [x[1:].detach() for x in first], [x[1:].clone() for x in first]
+        del first
+        second = self.step([2 * w for w in weights], u, v)  # other weights
+        third = self.step(weights, u, v)  # the same weights, while views of the first outputs live
+        assert not places & {x.data_ptr() for x in (*second, *third)}
+        assert all(torch.equal(view, value) for view, value in zip(views, values, strict=True))
+        del views
+        assert {x.data_ptr() for x in self.step(weights, u, v)} == places
+
+    @pytest.mark.skipif("cpu" not in BACKENDS, reason="the native library is not built")
+    def test_gradients_that_are_kept_stay(self) -> None:
+        weights, u, v = problem(list(self.SHAPES))
+        leaves = [w.requires_grad_() for w in weights]
+        for _ in range(6):
+            sum(x.square().sum() for x in self.step(leaves, u, v)).backward()
+        kept = [w.grad.clone() for w in leaves]
+        expected = [x.clone() for x in self.step(leaves, u, v)]
+        held = [self.step(leaves, copies(u), copies(v)) for _ in range(6)]
+        assert all(torch.equal(w.grad, grad) for w, grad in zip(leaves, kept, strict=True))
+        for outputs in held:
+            assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
+
+
 def native_arguments(backend: str) -> tuple[Problem, Tensor, Tensor]:
     weights, u, v = problem([(5, 7), (40, 30)], device=device_of(backend))
     sigma = power_iteration(weights, u, v, backend=backend)
@@ -342,6 +413,10 @@ class TestTorch:
         torch.library.opcheck(ops.power_iteration_.default, (copies(weights), u, v, 2, 1e-12, backend))
         torch.library.opcheck(ops.singular_value.default, (leaves, sigma, uv))
         torch.library.opcheck(ops.spectral_normalize.default, (leaves, sigma, uv, backend))
+        matrices = copies(weights)
+        torch.library.opcheck(
+            ops.spectral_normalize_backward.default, (matrices, copies(weights), matrices, sigma, uv, backend)
+        )
 
     @on_every_backend
     def test_compile_updates_in_place(self, backend: str) -> None:

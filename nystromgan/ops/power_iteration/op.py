@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nystromgan import _backend, _check, _library
+from nystromgan import _backend, _check, _library, _recycled
 from nystromgan.ops.power_iteration import reference
 
 OP = "power_iteration"
@@ -158,12 +158,40 @@ _library.define(
     lambda weights, sigma, uv: sigma.clone(),
     lambda weights, sigma, uv: torch.empty_like(sigma),
 )
+
+
+def _normalized(weights: list[Tensor], sigma: Tensor, uv: Tensor, backend: str) -> list[Tensor]:
+    outputs = [_recycled.empty_like(weight) for weight in weights]
+    _library.kernel(OP, "spectral_normalize", backend)(weights, sigma, outputs)
+    return outputs
+
+
+def _normalized_backward(
+    grad_outputs: list[Tensor], weights: list[Tensor], outputs: list[Tensor], sigma: Tensor, uv: Tensor, backend: str
+) -> list[Tensor]:
+    if backend != "cpu":
+        return _normalize_vjps(grad_outputs, outputs, sigma.reciprocal(), uv)
+    grad_weights = [_recycled.empty_like(weight) for weight in weights]
+    torch.ops.nystromgan.spectral_normalize_backward_native(grad_outputs, outputs, sigma, uv, grad_weights)
+    return grad_weights
+
+
 _library.define(
     "spectral_normalize(Tensor[] weights, Tensor sigma, Tensor uv, str backend) -> Tensor[]",
-    lambda weights, sigma, uv, backend: _library.kernel(OP, "spectral_normalize", backend)(weights, sigma),
+    _normalized,
     lambda weights, sigma, uv, backend: [weight.new_empty(weight.shape) for weight in weights],
 )
-_library.define_native("spectral_normalize_native(Tensor[] weights, Tensor sigma) -> Tensor[]")
+_library.define_native("spectral_normalize_native(Tensor[] weights, Tensor sigma, Tensor(a!)[] outputs) -> ()")
+_library.define(
+    "spectral_normalize_backward"
+    "(Tensor[] grad_outputs, Tensor[] weights, Tensor[] outputs, Tensor sigma, Tensor uv, str backend) -> Tensor[]",
+    _normalized_backward,
+    lambda grad_outputs, weights, outputs, sigma, uv, backend: [weight.new_empty(weight.shape) for weight in weights],
+)
+_library.define_native(
+    "spectral_normalize_backward_native"
+    "(Tensor[] grad_outputs, Tensor[] outputs, Tensor sigma, Tensor uv, Tensor(a!)[] grad_weights) -> ()"
+)
 
 
 def _save_singular_value(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -180,22 +208,27 @@ def _differentiate_singular_value(ctx: Any, grad_sigma: Tensor) -> tuple:
 
 
 def _save_spectral_normalize(ctx: Any, inputs: tuple, output: Any) -> None:
-    weights, sigma, uv, _ = inputs
+    weights, sigma, uv, ctx.backend = inputs
     ctx.save_for_backward(*weights, *output, sigma, uv)
 
 
 def _differentiate_spectral_normalize(ctx: Any, grad_outputs: list[Tensor]) -> tuple:
     *tensors, sigma, uv = ctx.saved_tensors
     weights, outputs = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-    # Through singular_value, so that a second derivative sees how sigma depends on the weights.
-    scales = torch.ops.nystromgan.singular_value(weights, sigma, uv).reciprocal().unbind()
-    pairs = _split(uv, [weight.shape for weight in weights])
-    return (
-        [_normalize_vjp(*group) for group in zip(grad_outputs, outputs, scales, pairs, strict=True)],
-        None,
-        None,
-        None,
-    )
+    if torch.is_grad_enabled():
+        # Through singular_value, so that a second derivative sees how sigma depends on the weights.
+        scales = torch.ops.nystromgan.singular_value(weights, sigma, uv).reciprocal()
+        grads = _normalize_vjps(grad_outputs, outputs, scales, uv)
+    else:
+        arguments = (grad_outputs, weights, outputs, sigma, uv, ctx.backend)
+        grads = torch.ops.nystromgan.spectral_normalize_backward(*arguments)
+    return grads, None, None, None
+
+
+def _normalize_vjps(grad_outputs: list[Tensor], outputs: list[Tensor], scales: Tensor, uv: Tensor) -> list[Tensor]:
+    """The gradients of every weight, with scales = 1 / sigma."""
+    pairs = _split(uv, [output.shape for output in outputs])
+    return [_normalize_vjp(*group) for group in zip(grad_outputs, outputs, scales.unbind(), pairs, strict=True)]
 
 
 def _normalize_vjp(grad_output: Tensor, output: Tensor, scale: Tensor, uv: tuple[Tensor, Tensor]) -> Tensor:

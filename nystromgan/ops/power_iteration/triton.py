@@ -239,15 +239,13 @@ def power_iteration(
     return sigma, uv
 
 
-def spectral_normalize(weights: Sequence[Tensor], sigma: Tensor) -> list[Tensor]:
-    """W_i / sigma_i, contiguous and in the weights' dtypes."""
-    outputs = [weight.new_empty(weight.shape) for weight in weights]
+def spectral_normalize(weights: Sequence[Tensor], sigma: Tensor, outputs: Sequence[Tensor]) -> None:
+    """outputs_i = W_i / sigma_i, contiguous and in the weights' dtypes."""
     for group in _groups(weights):
         plan, programs = _elementwise_plan(tuple((*weights[i].shape, *weights[i].stride(), i) for i in group))
         pointers = [tuple(x[i] for i in group) for x in (weights, outputs)]
         with _triton.launch_on(sigma):
             _spectral_normalize_kernel[(programs,)](*pointers, sigma, plan, ELEMENTS)
-    return outputs
 
 
 def _groups(*tensors: Sequence[Tensor]) -> list[list[int]]:
