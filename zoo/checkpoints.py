@@ -59,7 +59,9 @@ def load_checkpoint(name_or_path: str | pathlib.Path, device: str | torch.device
     module = registry.paper(description["paper"])
     kind = type(next(iter(module.PRESETS.values())))
     where = f"the configuration in {path}"
-    model = module.MODEL(tables.build(kind, {**description["config"], **config}, where))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of what the file does not have: random landmarks, where it has none or others
+        model = module.MODEL(tables.build(kind, {**description["config"], **config}, where))
     storage.load_strictly(model, tensors, str(path))
     return model.to(device).eval()
 

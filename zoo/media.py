@@ -17,10 +17,10 @@ MAX_COLUMNS = 16  # frames of a clip on a sheet
 
 def to_bytes(samples: Tensor) -> numpy.ndarray:
     """(n, T, H, W, 3) uint8 of clips (n, C, T, H, W) or images (n, C, H, W) in [-1, 1]; C is 1 or 3."""
+    if samples.ndim not in (4, 5) or samples.shape[1] not in (1, 3):
+        raise ValueError(f"samples must be (n, 1 or 3, [T,] H, W), got {tuple(samples.shape)}")
     if samples.ndim == 4:
         samples = samples.unsqueeze(2)
-    if samples.ndim != 5 or samples.shape[1] not in (1, 3):
-        raise ValueError(f"samples must be (n, 1 or 3, [T,] H, W), got {tuple(samples.shape)}")
     scaled = ((samples.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return scaled.expand(-1, 3, -1, -1, -1).permute(0, 2, 3, 4, 1).numpy()
 

@@ -89,20 +89,18 @@ def load_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, metadata
 
 
-def load_strictly(module: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
-    """load_state_dict with one clear error: what is missing, what is too many, which shapes differ."""
-    own = module.state_dict()
-    problems = [f"{name} is missing" for name in own if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in own]
-    for name in own:
-        if name in tensors and own[name].shape != tensors[name].shape:
-            problems.append(f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}")
+def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """load_state_dict with one clear ValueError: what is missing, what is unknown, which shapes differ."""
+    try:
+        found = module.load_state_dict(tensors, strict=False)
+        problems = [f"{name} is missing" for name in found.missing_keys]
+        problems += [f"{name} is unknown" for name in found.unexpected_keys]
+    except RuntimeError as error:  # a line for each shape that differs
+        problems = [line.strip().rstrip(".") for line in str(error).splitlines()[1:]]
     if problems:
-        rest = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"{origin} is of another model than this {type(module).__name__}: {'; '.join(problems[:3])}{rest}"
-        )
-    module.load_state_dict(tensors)
+        rest = f" and {len(problems) - 2} more" if len(problems) > 2 else ""
+        kind = type(module).__name__
+        raise ValueError(f"{origin} is of another model than this {kind}: {'; '.join(problems[:2])}{rest}")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

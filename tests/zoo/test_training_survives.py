@@ -194,7 +194,7 @@ def test_a_state_of_another_model_is_refused(
     run = tmp_path / "run"
     assert _train(recipe, run, "--steps", "3") == 0
     assert _train(str(run), run, "--set", "model.preset=tiny-wide", "--set", "model.width=16") == 1
-    assert "is of another model than this TinyObjective: model.layers.0" in capsys.readouterr().err
+    assert "is of another model than this TinyObjective: size mismatch for model.layers.0" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(

@@ -45,11 +45,12 @@ class RunFolder:
         return lock
 
     def save(self, tensors: Mapping[str, Tensor], position: Position, model: nn.Module, keep: int, card: str) -> None:
-        """Writes a state and the model; only then deletes all but the last `keep` states."""
+        """Writes a state, and the model with its recipe; only then deletes all but the last `keep` states."""
         place = {key: str(value) for key, value in dataclasses.asdict(position).items()}
         path = self.path / "states" / f"step-{position.total:09}.safetensors"
         storage.save_tensors(path, tensors, {"kind": KIND, **place})
         checkpoints.save_checkpoint(model, self.path / "model", card)
+        storage.write(self.path / "model" / "recipe.toml", (self.path / "recipe.toml").read_bytes())
         for old in states(self.path)[:-keep]:
             old.unlink()
 
