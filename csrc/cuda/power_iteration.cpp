@@ -74,9 +74,7 @@ std::tuple<Tensor, Tensor> iterate(Tensors weights, Tensors u, Tensors v, int64_
   return {sigma, uv};
 }
 
-Tensors normalize(Tensors weights, Tensor sigma) {
-  Tensors outputs;
-  for (const Tensor& weight : weights) outputs.push_back(torch::stable::new_empty(weight, weight.sizes()));
+void normalize(Tensors weights, Tensor sigma, Tensors outputs) {
   for (size_t first = 0; first < weights.size(); first += kMostWeights) {
     const auto problem = std::make_unique<SpectralNormalize>();
     problem->sigma = sigma.const_data_ptr<float>();
@@ -92,7 +90,6 @@ Tensors normalize(Tensors weights, Tensor sigma) {
     }
     launch(kernel_spectral_normalize_all, {blocks, kPowerThreads, 0}, problem.get(), sigma);
   }
-  return outputs;
 }
 
 }  // namespace

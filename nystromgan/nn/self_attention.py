@@ -201,8 +201,8 @@ class _SelfAttention(nn.Module):
 class SelfAttention2d(_SelfAttention):
     """y = gamma * attention(x) + x over the positions of images, (B, channels, H, W) -> (B, channels, H, W).
 
-    `query`, `key` and `value` are 1x1 convolutions; `gamma` is one number that starts at 0. Parameters and their names do
-    not depend on the landmarks: a checkpoint of the exact block loads in the Nyström one, and the reverse.
+    `query`, `key` and `value` are 1x1 convolutions; `gamma` is one number that starts at 0. Parameters and their names
+    do not depend on the landmarks: a checkpoint of the exact block loads in the Nyström one, and the reverse.
 
     Args:
         channels: of x.
