@@ -8,24 +8,30 @@ Ratios come from `nystromgan bench`, which interleaves the forms.
 from typing import Any
 
 import pytest
+import torch
 
-from nystromgan.bench import cases, measure
+from nystromgan.bench import measure
+from nystromgan.bench.case import Case
+from nystromgan.bench.cases import cases
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LARGEST_FLOPS = 1e11  # of a forward of N x N work
 SELECTED = [
     pytest.param(case, form, mode, id=f"{case.name}-{mode}-{form}")
-    for case in cases.cases(full=False)
-    for mode in cases.MODES
-    for form in measure.forms_of(case, with_compiled=False)
-    if form != cases.FULL or case.shape["N"] <= 4096
+    for case in cases(DEVICE, full=False)
+    for mode in case.modes
+    for form in measure.forms_of(case, compiled=False)
+    if form not in case.peers or (case.peers[form].flops <= LARGEST_FLOPS and mode in case.peers[form].modes)
 ]
 
 
 @pytest.mark.parametrize(("case", "form", "mode"), SELECTED)
-def test_speed(benchmark: Any, case: cases.Case, form: str, mode: str) -> None:
-    inputs = case.make("cpu", case.shape)
-    function = case.forms[form]()
+def test_speed(benchmark: Any, case: Case, form: str, mode: str) -> None:
+    inputs = case.make(DEVICE, case.shape, 0)
+    function = measure.function_of(case, form)
     found = measure.errors(case, form, function, inputs, measure.Exact(case, inputs, mode))
     assert not measure.wrong(case, found), f"no speed of a wrong result: {found}"
     benchmark.group = f"{case.name}, {mode}"
     benchmark.extra_info = {"errors": found, "flops": case.flops[mode], "moved_bytes": case.moved_bytes[mode]}
-    benchmark(measure.prepared(case, form, mode, "cpu"))
+    call = measure.call_of(function, inputs, mode, case.training)
+    benchmark(call if DEVICE == "cpu" else lambda: (call(), torch.cuda.synchronize()))

@@ -1,9 +1,9 @@
-"""One command for a machine with a GPU: correctness against float64, tuning, and speed beside the peers, in one run.
+"""One command for a machine with a GPU: the op tests, correctness against float64, tuning, and speed beside the peers.
 
-    python -m nystromgan.bench.gpu_check [--stage correctness|tuning|speed ...] [--op NAME ...] [--budget-s 540]
+    python -m nystromgan.bench.gpu_check [--stage tests|correctness|tuning|speed ...] [--op NAME ...] [--budget-s 540]
 
-Writes bench/results/<device>/<stage>.json after every row, so that a run that is cut short keeps what it has. A wrong
-result prints no speed.
+Writes bench/results/<device>/<stage>.json after every row, so that a run that is cut short keeps what it has, and the
+speeds into the files of `nystromgan bench`, of which `nystromgan report` makes a page. A wrong result prints no speed.
 """
 
 import argparse
@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from nystromgan import _env
-from nystromgan.bench import gpu_checks, gpu_speed, gpu_tuning
-from nystromgan.bench.gpu_checks import GPU_BACKENDS
+from nystromgan.bench import gpu_checks, gpu_stages, gpu_tuning, machine
+from nystromgan.bench.case import OURS
 
 STAGES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "tests": gpu_stages.test_rows,
     "correctness": gpu_checks.rows,
     "tuning": gpu_tuning.rows,
-    "speed": gpu_speed.rows,
+    "speed": gpu_stages.speed_rows,
 }
 
 
@@ -41,10 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     failures = 0
     for stage in options.stage or STAGES:
         print(f"\n{stage}", flush=True)
-        rows = STAGES[stage](options.device, options.tiny, options.op, options.budget_s)
-        failures += _record(stage, rows, options)
-        if stage == "speed":
-            print("\n".join(summary(options.output / device_name(options.device) / "speed.json")))
+        folder = options.output / device_name(options.device)
+        rows = STAGES[stage](options.device, options.tiny, options.op, options.budget_s, folder)
+        failures += _record(stage, rows, folder, environment(options.device))
     print(f"\n{failures} wrong" if failures else "\nall right")
     return min(failures, 1)
 
@@ -64,32 +64,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _record(stage: str, rows: Iterable[dict[str, Any]], options: argparse.Namespace) -> int:
+def _record(stage: str, rows: Iterable[dict[str, Any]], folder: pathlib.Path, where: dict[str, Any]) -> int:
     """Prints and writes every row as it comes; returns how many are wrong."""
-    folder = options.output / device_name(options.device)
     folder.mkdir(parents=True, exist_ok=True)
-    report: dict[str, Any] = {**environment(options.device), "rows": []}
+    report: dict[str, Any] = {**where, "rows": []}
     for row in rows:
         report["rows"].append(row)
         print(_line(row), flush=True)
         (folder / f"{stage}.json").write_text(json.dumps(report, indent=1) + "\n")
-    return sum(row.get("wrong", False) for row in report["rows"])
-
-
-def summary(report: pathlib.Path) -> list[str]:
-    """One line a case and pass: our time, in floors, and how many times longer each peer takes."""
-    timed = [row for row in json.loads(report.read_text())["rows"] if "median_ms" in row]
-    lines = []
-    for ours in (row for row in timed if row["form"].split()[0] in GPU_BACKENDS):
-        peers = [
-            f"{row['form']} {row['median_ms'] / ours['median_ms']:.2f}x"
-            for row in timed
-            if all(row.get(name) == ours.get(name) for name in ("op", "case", "pass"))
-            and row["form"].split()[0] not in GPU_BACKENDS
-        ]
-        title = " ".join(filter(None, (ours["op"], ours["case"], ours.get("pass"), ours["form"])))
-        lines.append(f"{title}: {ours['median_ms']:.3f} ms, {ours['of_floor']:.2f} floors; " + ", ".join(peers))
-    return lines
+    if stage == "speed":
+        print("\n".join(gpu_stages.summary(report["rows"])))
+    return sum(bool(row.get("wrong")) and row.get("form", OURS) == OURS for row in report["rows"])
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -101,8 +86,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def device_name(device: str) -> str:
     """The device's name, fit for a folder."""
-    name = torch.cuda.get_device_name(0) if device == "cuda" else f"interpreter-{platform.machine()}"
-    return name.replace(" ", "-").lower()
+    return machine.name("cuda") if device == "cuda" else f"interpreter-{platform.machine()}"
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -1,22 +1,78 @@
 """The correctness stage: every GPU backend against the definition in float64, and what a launch must keep."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import nystromgan
 from nystromgan import _backend, testing
-from nystromgan.bench import gpu_cases
+from nystromgan.bench.case import Inputs
 from nystromgan.ops.power_iteration import spectral_normalize
 
 GPU_BACKENDS = ("cuda", "triton")
 Row = dict[str, Any]
 
 
-def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float) -> Iterator[Row]:
+class Check(NamedTuple):
+    """A call of a public function on small inputs, and what of it is compared: all gradients, against float64."""
+
+    op: str
+    name: str
+    function: Callable[..., Tensor]
+    make: Callable[[torch.dtype, str], Inputs]
+    options: dict[str, Any]
+
+
+def checks(tiny: bool) -> list[Check]:
+    """The cases of the correctness stage."""
+    attend, attend_maps = nystromgan.nystrom_attention, nystromgan.spatiotemporal_attention
+    maps = [((3, 5), (3, 5), 4, 32), ((4, 4, 4), (2, 2, 2), 8, 64), ((67,), (33,), 32, 128), ((40,), (40,), 256, 256)]
+    found = [
+        Check(
+            "spatiotemporal_attention",
+            f"{grid} from {key_grid}, C={c}, E={e}",
+            attend_maps,
+            _maps(grid, key_grid, c, e),
+            {},
+        )
+        for grid, key_grid, c, e in (maps[:1] if tiny else maps)
+    ]
+    tokens = [(67, 67, 16, 16, 8), (300, 211, 8, 64, 16), (1000, 1000, 64, 64, 64), (700, 700, 4, 32, 128)]
+    found += [
+        Check(
+            "nystrom_attention", f"N={n}, S={s}, D={d}, E={e}, M={m}", attend, _tokens(n, s, d, e), {"num_landmarks": m}
+        )
+        for n, s, d, e, m in (tokens[:1] if tiny else tokens)
+    ]
+    sides = (9,) if tiny else (9, 64, 128, 200)
+    found += [Check("iterative_pinv", f"M={m}", _pinv_of_softmax, _matrices(m), {}) for m in sides]
+    return found
+
+
+def _pinv_of_softmax(matrix: Tensor, **options: Any) -> Tensor:
+    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+    return nystromgan.iterative_pinv(wide.softmax(-1), **options)
+
+
+def _maps(grid: tuple[int, ...], key_grid: tuple[int, ...], channels: int, values: int) -> Callable[..., Inputs]:
+    return lambda dtype, device: testing.map_inputs(2, channels, grid, key_grid, values, dtype=dtype, device=device)
+
+
+def _tokens(queries: int, keys: int, head_dim: int, value_dim: int) -> Callable[..., Inputs]:
+    return lambda dtype, device: testing.attention_inputs(
+        2, 2, queries, keys, head_dim, value_dim, dtype=dtype, device=device
+    )
+
+
+def _matrices(side: int) -> Callable[..., Inputs]:
+    return lambda dtype, device: {"matrix": testing.normal(3, side, side, dtype=dtype, device=device)}
+
+
+def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path) -> Iterator[Row]:
     """One row a check: its errors against float64 and the dtype's tolerances; `wrong` where one is above."""
     for backend in GPU_BACKENDS:
         for op in _backend.IMPLEMENTED:
@@ -25,7 +81,7 @@ def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float) -> Ite
 
 
 def _op_rows(op: str, backend: str, device: str, tiny: bool) -> Iterator[Row]:
-    for check in gpu_cases.checks(tiny):
+    for check in checks(tiny):
         if check.op == op:
             for dtype in (torch.float32,) if tiny else _backend.NATIVE_DTYPES:
                 errors = functools.partial(_errors, check, dtype, backend, device)
@@ -34,7 +90,7 @@ def _op_rows(op: str, backend: str, device: str, tiny: bool) -> Iterator[Row]:
         for dtype in (torch.float32,) if tiny else _backend.NATIVE_DTYPES:
             yield _guarded(op, backend, str(dtype), functools.partial(_power_errors, dtype, backend, device, tiny))
     elif device == "cuda":
-        case = next(check for check in gpu_cases.checks(False) if check.op == op)
+        case = next(check for check in checks(False) if check.op == op)
         for name, promise in PROMISES.items():
             yield _guarded(op, backend, name, functools.partial(promise, case, backend, device))
 
@@ -48,7 +104,7 @@ def _guarded(op: str, backend: str, name: str, check: Callable[[], Row]) -> Row:
         return {**row, "wrong": True, "error": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
-def _errors(check: gpu_cases.Check, dtype: torch.dtype, backend: str, device: str) -> Row:
+def _errors(check: Check, dtype: torch.dtype, backend: str, device: str) -> Row:
     inputs = check.make(dtype, device)
 
     def on(name: str) -> Callable[..., Tensor]:
@@ -80,25 +136,25 @@ def _power_errors(dtype: torch.dtype, backend: str, device: str, tiny: bool) -> 
     return {"wrong": not right, "output_error": max(outputs), "vector_error": max(errors)}
 
 
-def _gradients(check: gpu_cases.Check, inputs: gpu_cases.Inputs, backend: str) -> list[Tensor]:
+def _gradients(check: Check, inputs: Inputs, backend: str) -> list[Tensor]:
     """The output and all gradients of its sum of squares."""
     output = check.function(**inputs, **check.options, backend=backend)
     return [output, *torch.autograd.grad(output.float().square().sum(), list(inputs.values()))]
 
 
-def _leaves(check: gpu_cases.Check, device: str, seed: float = 1.0) -> gpu_cases.Inputs:
+def _leaves(check: Check, device: str, seed: float = 1.0) -> Inputs:
     made = check.make(torch.bfloat16, device)
     return {name: (seed * x).detach().requires_grad_() for name, x in made.items()}
 
 
-def _same_bits(check: gpu_cases.Check, backend: str, device: str) -> Row:
+def _same_bits(check: Check, backend: str, device: str) -> Row:
     """Two runs give the same bits."""
     inputs = _leaves(check, device)
     first, second = _gradients(check, inputs, backend), _gradients(check, inputs, backend)
     return {"wrong": not all(torch.equal(x, y) for x, y in zip(first, second, strict=True))}
 
 
-def _graph(check: gpu_cases.Check, backend: str, device: str) -> Row:
+def _graph(check: Check, backend: str, device: str) -> Row:
     """A CUDA graph of forward and backward, replayed on other inputs, gives what an ordinary call gives."""
     inputs = _leaves(check, device)
     stream = torch.cuda.Stream()
@@ -119,7 +175,7 @@ def _graph(check: gpu_cases.Check, backend: str, device: str) -> Row:
     return {"wrong": not all(torch.equal(x, y) for x, y in zip(captured, expected, strict=True))}
 
 
-def _compiled(check: gpu_cases.Check, backend: str, device: str) -> Row:
+def _compiled(check: Check, backend: str, device: str) -> Row:
     """torch.compile takes the call in one graph, and gives the same bits."""
     inputs = _leaves(check, device)
 
@@ -130,7 +186,7 @@ def _compiled(check: gpu_cases.Check, backend: str, device: str) -> Row:
     return {"wrong": not torch.equal(output, call(**inputs))}
 
 
-def _streams(check: gpu_cases.Check, backend: str, device: str) -> Row:
+def _streams(check: Check, backend: str, device: str) -> Row:
     """Calls on several streams at once give what they give alone."""
     inputs = [_leaves(check, device, 1 / (i + 1)) for i in range(4)]
     alone = [check.function(**x, **check.options, backend=backend) for x in inputs]

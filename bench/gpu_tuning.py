@@ -1,5 +1,6 @@
 """The tuning stage: measures every candidate configuration of the Triton kernels, and names the winners."""
 
+import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nystromgan import _backend, _triton, testing
-from nystromgan.bench import gpu_timing
+from nystromgan.bench import clock
 
 Row = dict[str, Any]
 TIME_S = 0.05  # of one measurement
@@ -17,7 +18,7 @@ TIME_S = 0.05  # of one measurement
 MAPS = [(8, 8, 64), (4, 32, 128), (8, 64, 64), (4, 128, 128), (4, 32, 256), (4, 256, 256)]
 
 
-def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float) -> Iterator[Row]:
+def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path) -> Iterator[Row]:
     """A row a kernel and shape: the time of every candidate and the winner's name; wrong candidates are left out."""
     started = time.perf_counter()
 
@@ -113,9 +114,9 @@ def _best(
                 error = max(testing.relative_error(x, y) for x, y in zip(call(), standard, strict=True))
                 if not error <= 2 * testing.TOLERANCES[standard[0].dtype].output:
                     raise ArithmeticError(f"differs by {error:.2e}")
-                times[name] = gpu_timing.measure(lambda _: call(), [None], device, 0.0 if tiny else TIME_S).median_ms
+                times[name] = clock.median_ms(call, device, 0.0 if tiny else TIME_S)
         except Exception as error:  # out of shared memory, mostly
             refused[name] = f"{type(error).__name__}: {str(error)[:100]}"
-    table_ms = gpu_timing.measure(lambda _: call(), [None], device, 0.0 if tiny else TIME_S).median_ms
+    table_ms = clock.median_ms(call, device, 0.0 if tiny else TIME_S)
     best = min(times, key=lambda name: times[name]) if times else None
     return {"best": best, "best_ms": times.get(best or ""), "table_ms": table_ms, "times_ms": times, "refused": refused}

@@ -5,13 +5,13 @@ import pathlib
 import platform
 import re
 import subprocess
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from nystromgan import _doctor
+from nystromgan.bench import clock
+from nystromgan.bench.case import DTYPES
 
 # The oldest generation that has the flag, newest first; virtual machines hide the model's own name.
 GENERATIONS = {
@@ -60,36 +60,20 @@ def _commit() -> str | None:
         return None
 
 
-def rates(device: str) -> dict[str, float]:
-    """The best of ten: products of 2048 x 2048 matrices by dtype, and a copy of 256 MiB, read and written."""
-    source = torch.randn(2**26, device=device)
+def rates(device: str, tiny: bool = False) -> dict[str, float]:
+    """The best of several: a copy, read and written, and products of square matrices by dtype."""
+    timer = clock.CLOCKS[device]
+    length, side = (2**16, 64) if tiny else (2**26, 2048) if device == "cpu" else (2**28, 8192)
+    source = torch.randn(length, device=device)
     target = torch.empty_like(source)
-    found = {"copy_bytes_per_s": 2 * 4 * 2**26 / _best_s(lambda: target.copy_(source), device)}
-    for dtype_name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        matrix = torch.randn(2048, 2048, device=device).to(dtype)
-        found[f"gemm_{dtype_name}_flop_per_s"] = (
-            2 * 2048**3 / _best_s(functools.partial(torch.matmul, matrix, matrix), device)
-        )
+    found = {
+        "copy_bytes_per_s": 2
+        * 4
+        * length
+        / min(clock.samples_s(timer, [lambda: target.copy_(source)], 0.0 if tiny else 0.5))
+    }
+    for dtype_name, dtype in DTYPES.items():
+        matrix = torch.randn(side, side, device=device).to(dtype)
+        seconds = min(clock.samples_s(timer, [functools.partial(torch.matmul, matrix, matrix)], 0.0 if tiny else 0.5))
+        found[f"gemm_{dtype_name}_flop_per_s"] = 2 * side**3 / seconds
     return found
-
-
-def _best_s(call: Callable[[], object], device: str) -> float:
-    call()
-    return min(duration_s(call, device) for _ in range(10))
-
-
-def duration_s(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call; a GPU is waited for before and after."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def waited_s() -> float:
-    """Seconds that this process's threads were ready to run while others had the cores; 0 where Linux does not tell."""
-    stats = pathlib.Path("/proc/self/task").glob("*/schedstat")
-    return sum(int(path.read_text().split()[1]) for path in stats) / 1e9

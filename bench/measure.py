@@ -4,6 +4,7 @@ A form whose result is wrong is not timed. In each round every form runs once, s
 disturbs all of them; ratios are medians of the rounds' ratios.
 """
 
+import gc
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,15 +13,12 @@ import torch
 from torch import Tensor
 
 from nystromgan import testing
-from nystromgan.bench import machine
-from nystromgan.bench.cases import COMPILED, FULL, OURS, PLAIN, Case, Inputs
+from nystromgan.bench import clock
+from nystromgan.bench.case import COMPILED, MODES, OURS, TUNED, Case, Form, Inputs, Shape
 
 Row = dict[str, Any]
-LIMIT_S = 3.0  # a form that should take longer is left out
-LIMIT_BYTES = 4 * 2**30  # of N x N weights
-SAMPLE_S = 4e-3  # a shorter call is repeated until a sample lasts this long
-RETRIES = 4
-DISTURBED = 0.02  # the share of a sample that our threads may have waited for a core
+LIMIT_S = {"cpu": 3.0, "cuda": 1.0}  # a form that should take longer is left out
+LIMIT_BYTES = {"cpu": 4 * 2**30, "cuda": 24 * 2**30}  # of N x N weights
 EVERY_ROUND = 1.8  # forms slower than this times the fastest peer are timed in the first two rounds only
 
 
@@ -32,23 +30,55 @@ class Effort(NamedTuple):
     most_rounds: int
 
 
-QUICK, THOROUGH = Effort(0.6, 3, 7), Effort(2.0, 3, 21)
+QUICK, THOROUGH = Effort(0.6, 3, 7), Effort(2.0, 5, 21)
 
 
-def forms_of(case: Case, with_compiled: bool) -> list[str]:
-    return [name for name in case.forms if with_compiled or not name.endswith(COMPILED)]
+class Plan(NamedTuple):
+    """What a run measures on: device and backend, how long, whether torch.compile is tried, and the machine's rates."""
+
+    device: str
+    rates: dict[str, float]
+    effort: Effort = QUICK
+    compiled: bool = False
+    backend: str = "auto"
 
 
-def prepared(case: Case, form: str, mode: str, device: str, shape: dict[str, int] | None = None) -> Callable[[], Any]:
+def forms_of(case: Case, compiled: bool) -> list[str]:
+    """The names of ours and of the peers, each compiled one after its eager one."""
+    names = [OURS]
+    for name, peer in case.peers.items():
+        names += [name] if compiled or not peer.needs_compile else []
+        if compiled and case.compiled_in_full and peer.compiled:
+            names += [name + suffix for suffix in (COMPILED, TUNED)]
+    return names
+
+
+def eager_name(form: str) -> str:
+    return form.removesuffix(COMPILED).removesuffix(TUNED)
+
+
+def function_of(case: Case, form: str, backend: str = "auto") -> Form:
+    """The form by its name, with state of its own."""
+    if form == OURS:
+        return case.ours(backend)
+    made = case.peers[eager_name(form)].make()
+    if form.endswith(COMPILED):
+        return torch.compile(made, dynamic=False)
+    if form.endswith(TUNED):
+        return torch.compile(made, dynamic=False, options={"max_autotune": True, "autotune_num_choices_displayed": 0})
+    return made
+
+
+def prepared(case: Case, form: str, mode: str, device: str, shape: Shape | None = None) -> Callable[[], Any]:
     """The call to measure on fresh inputs: a forward without gradients, or a forward and all gradients."""
-    return _call(case.forms[form](), case.make(device, shape or case.shape), mode, case.training)
+    return call_of(function_of(case, form), case.make(device, shape or case.shape, 0), mode, case.training)
 
 
-def _call(form: Callable[..., Any], inputs: Inputs, mode: str, training: bool) -> Callable[[], Any]:
-    if mode == "forward" and not training:
+def call_of(form: Form, inputs: Inputs, mode: str, training: bool) -> Callable[[], Any]:
+    if mode == MODES[0] and not training:
         return torch.no_grad()(lambda: form(**inputs))
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    if mode == "forward":
+    if mode == MODES[0]:
         return lambda: form(**leaves)
     with torch.no_grad():
         directions = [_direction(x) for x in _as_list(form(**leaves))]
@@ -59,75 +89,96 @@ def _as_list(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else list(output)
 
 
-def why_not(case: Case, form: str, mode: str, gemm_flop_per_s: float) -> str | None:
-    """The reason to leave a form of N x N work out; None: measure it."""
-    if form not in (FULL, "authors, N x N"):
+def why_not(case: Case, form: str, mode: str, plan: Plan) -> str | None:
+    """The reason to leave a form out; None: measure it."""
+    if form == OURS:
         return None
-    s = case.shape
-    pairs = s["B"] * s["H"] * s["N"] ** 2
-    width = s["D"] + s["E"] if form == FULL else s["M"] + s["E"]
+    peer = case.peers[eager_name(form)]
+    if mode not in peer.modes:
+        return f"has no backward on the {plan.device}"
     # Measured: the share of the rate of products that fused attention reaches; both passes take 3.5 to 6 forwards.
     share = 0.6 if case.dtype == "fp32" else 0.3
-    seconds = 2 * pairs * width / (share * gemm_flop_per_s) * (1 if mode == "forward" else 5)
-    if seconds > LIMIT_S:
+    seconds = peer.flops / (share * _gemm_rate(plan.rates, case.dtype)) * (1 if mode == MODES[0] else 5)
+    if seconds > LIMIT_S[plan.device]:
         return f"a call would take about {seconds:.0f} s"
-    copies = 1 if mode == "forward" else 3
-    if form != FULL and copies * pairs * 4 > LIMIT_BYTES:
-        return f"would store {copies * pairs * 4 / 2**30:.0f} GiB of weights"
+    stored = peer.stored_bytes * (1 if mode == MODES[0] else 3)
+    if stored > LIMIT_BYTES[plan.device]:
+        return f"would store {stored / 2**30:.0f} GiB of weights"
     return None
+
+
+def _gemm_rate(rates: dict[str, float], dtype: str) -> float:
+    return rates[f"gemm_{dtype}_flop_per_s"]
 
 
 class Exact:
     """What the forms of a case should give, in float64; computed once for all forms of one definition."""
 
     def __init__(self, case: Case, inputs: Inputs, mode: str) -> None:
-        self.case, self.mode = case, mode
-        first = _first_head if case.op == "nystrom_attention" else (lambda x: x)
-        self.inputs = {name: first(x).double() for name, x in inputs.items()}
-        self.found: dict[bool, list[list[Tensor]]] = {}
+        self.case, self.mode, self.whole = case, mode, inputs
+        self.inputs = {name: (_first_head(x) if case.heads else x).double() for name, x in inputs.items()}
+        self.ours: list[list[Tensor]] | None = None
 
     def of(self, form: str) -> list[list[Tensor]]:
-        plain = form == PLAIN
-        if plain not in self.found:
-            definition = self.case.plain_exact if plain else self.case.exact
-            assert definition is not None
-            self.found[plain] = _results(definition, self.inputs, self.mode)
-        return self.found[plain]
+        peer = None if form == OURS else self.case.peers[eager_name(form)]
+        if peer is not None and peer.coupled:
+            wide = {name: x.double() for name, x in self.whole.items()}
+            return [[_first_head(x) for x in group] for group in results(peer.definition, wide, self.mode)]
+        if peer is not None and peer.definition is not None:
+            return results(peer.definition, self.inputs, self.mode)
+        if self.ours is None:
+            self.ours = results(self.case.ours("reference"), self.inputs, self.mode)
+        return self.ours
 
 
-def errors(case: Case, form: str, function: Callable[..., Any], inputs: Inputs, exact: Exact) -> dict[str, float]:
+def errors(case: Case, form: str, function: Form, inputs: Inputs, exact: Exact) -> dict[str, float]:
     """Relative errors against float64: of the output, and the largest of the gradients.
 
-    Of attention the first head of the first sample is compared; of full attention, the output of the first 64 queries.
+    A gradient that vanishes is measured against the largest of its siblings. Of exact attention among landmark forms,
+    whose N x N weights float64 cannot hold, the output of the first 64 queries alone is compared.
     """
-    if form == FULL:
-        return {"output": _full_error(function, inputs)}
-    first = _first_head if case.op == "nystrom_attention" else (lambda x: x)
-    results = _results(function, inputs, exact.mode)
-    found = {}
-    for kind, values, expected in zip(("output", "gradient"), results, exact.of(form), strict=False):
-        found[kind] = max(testing.relative_error(first(x), y) for x, y in zip(values, expected, strict=True))
+    part = _first_head if case.heads else (lambda x: x)
+    if case.heads and form != OURS and case.peers[eager_name(form)].flops and other_function(case, form):
+        return {"output": _first_queries_error(case, form, function, inputs)}
+    values = results(function, inputs, exact.mode)
+    expected = exact.of(form)
+    found = {"output": max(testing.relative_error(part(x), y) for x, y in zip(values[0], expected[0], strict=True))}
+    if len(values) > 1:
+        largest = max(y.norm().item() for y in expected[1])
+        found["gradient"] = max(
+            _against_siblings(part(x), y, largest) for x, y in zip(values[1], expected[1], strict=True)
+        )
     return found
 
 
-def _full_error(function: Callable[..., Any], inputs: Inputs) -> float:
+def _against_siblings(value: Tensor, expected: Tensor, largest: float) -> float:
+    norm = expected.norm().item()
+    scale = norm if norm > 1e-9 * largest else largest or 1.0
+    return (value.double() - expected).norm().item() / scale
+
+
+def other_function(case: Case, form: str) -> bool:
+    return form != OURS and case.peers[eager_name(form)].definition is not None
+
+
+def _first_queries_error(case: Case, form: str, function: Form, inputs: Inputs) -> float:
     with torch.no_grad():
-        output = function(**inputs)[:1, :1, :64]
-        query, key, value = (inputs[name][:1, :1].double() for name in ("query", "key", "value"))
-        weights = (query[:, :, :64] @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
-        return testing.relative_error(output, weights @ value)
+        output = function(**inputs)[:1, :1, :64]  # type: ignore[call-overload]
+        query, key, value = (_first_head(inputs[name]).double() for name in ("query", "key", "value"))
+        definition = case.peers[eager_name(form)].definition
+        return testing.relative_error(output, definition(query=query[:, :, :64], key=key, value=value))
 
 
 def _first_head(tensor: Tensor) -> Tensor:
     return tensor[:1, :1]
 
 
-def _results(function: Callable[..., Any], inputs: Inputs, mode: str) -> list[list[Tensor]]:
+def results(function: Form, inputs: Inputs, mode: str) -> list[list[Tensor]]:
     """The outputs and, in a backward mode, the gradients along the fixed direction."""
-    leaves = {name: x.detach().requires_grad_(mode != "forward") for name, x in inputs.items()}
+    leaves = {name: x.detach().requires_grad_(mode != MODES[0]) for name, x in inputs.items()}
     outputs = _as_list(function(**leaves))
-    if mode == "forward":
-        return [outputs]
+    if mode == MODES[0]:
+        return [[x.detach() for x in outputs]]
     directions = [_direction(x) for x in outputs]
     return [[x.detach() for x in outputs], list(torch.autograd.grad(outputs, list(leaves.values()), directions))]
 
@@ -139,17 +190,22 @@ def _direction(output: Tensor) -> Tensor:
     return direction.to(output).expand_as(output).contiguous()
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], device: str, effort: Effort) -> dict[str, list[float]]:
-    """Seconds of one call of every form, round by round, after a call of each to warm up."""
-    repeats = {name: _repeats(call, device) for name, call in calls.items()}
+def interleaved(
+    calls: dict[str, Sequence[clock.Call]], timer: clock.Clock, effort: Effort, every: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of one call of every form, round by round; the order turns over from round to round.
+
+    Without `every`, forms far behind the fastest peer run in the first two rounds only.
+    """
+    repeats = {name: clock.repeats(timer, several) for name, several in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     active, spent, rounds = list(calls), 0.0, 0
     while rounds < effort.least_rounds or (spent < effort.budget_s and rounds < effort.most_rounds):
         for name in active if rounds % 2 == 0 else reversed(active):
-            samples[name].append(_sample_s(calls[name], repeats[name], device))
+            samples[name].append(timer.sample_s(calls[name], repeats[name]))
             spent += samples[name][-1] * repeats[name]
         rounds += 1
-        if rounds == 2:
+        if rounds == 2 and not every:
             active, spent = _worth_more(samples), 0.0
     return samples
 
@@ -160,59 +216,53 @@ def _worth_more(samples: dict[str, list[float]]) -> list[str]:
     return [name for name, times in samples.items() if name == OURS or min(times) <= EVERY_ROUND * best]
 
 
-def _repeats(call: Callable[[], Any], device: str) -> int:
-    """Calls in one sample."""
-    once_s = machine.duration_s(call, device)
-    if once_s < 10 * SAMPLE_S:
-        once_s = machine.duration_s(call, device)
-    return max(1, round(SAMPLE_S / max(once_s, 1e-6)))
-
-
-def _sample_s(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """Seconds of one call; a sample in which other processes took the cores is taken again, up to RETRIES times."""
-
-    def several() -> None:
-        for _ in range(repeats):
-            call()
-
-    taken = []
-    for _ in range(1 + RETRIES):
-        waited_s = machine.waited_s()
-        seconds = machine.duration_s(several, device)
-        taken.append((machine.waited_s() - waited_s, seconds))
-        if taken[-1][0] <= DISTURBED * seconds:
-            break
-    return min(taken)[1] / repeats
-
-
-def rows(case: Case, mode: str, device: str, effort: Effort, with_compiled: bool, rates: dict[str, float]) -> list[Row]:
+def rows(case: Case, mode: str, plan: Plan) -> list[Row]:
     """One row a form: its errors and times, or why there are none."""
     torch._dynamo.reset()  # else earlier shapes count against the number of recompilations
-    inputs = case.make(device, case.shape)
-    exact = Exact(case, inputs, mode)
-    found: dict[str, Row] = {}
-    calls = {}
-    rate = rates[f"gemm_{case.dtype}_flop_per_s"]
-    for form in forms_of(case, with_compiled):
-        row: Row = {"op": case.op, "case": case.name, "group": case.group, **case.shape, "dtype": case.dtype}
-        found[form] = row | {"mode": mode, "form": form}
-        reason = why_not(case, form, mode, rate)
-        if reason:
-            found[form]["not_run"] = reason
-            continue
-        function = case.forms[form]()
-        found[form]["errors"] = errors(case, form, function, inputs, exact)
-        if wrong(case, found[form]["errors"]):
-            found[form]["wrong"] = True
-            continue
-        calls[form] = _call(function, inputs, mode, case.training)
-    samples = interleaved(calls, device, effort)
-    floor_s = max(case.flops[mode] / rate, case.moved_bytes[mode] / rates["copy_bytes_per_s"])
+    timer = clock.CLOCKS[plan.device]
+    first = case.make(plan.device, case.shape, 0)
+    count = timer.number_of_sets(sum(x.numel() * x.element_size() for x in first.values()))
+    sets = [first, *(case.make(plan.device, case.shape, seed) for seed in range(1, count))]
+    exact = Exact(case, first, mode)
+    found = {form: _row(case, form, mode) for form in forms_of(case, plan.compiled)}
+    calls: dict[str, Sequence[clock.Call]] = {}
+    for form, row in found.items():
+        function = _gated(case, form, row, exact, sets, plan)
+        if function is not None:
+            calls[form] = [call_of(function, inputs, mode, case.training) for inputs in sets]
+    samples = interleaved(calls, timer, plan.effort)
     for form, times in samples.items():
         found[form] |= summary(times, samples.get(OURS, []))
-        if form != FULL:
-            found[form]["floor_ms"] = 1e3 * floor_s
+        if not other_function(case, form):
+            found[form]["floor_ms"] = floor_ms(case, mode, plan.rates)
+        if plan.device == "cuda":
+            graph = clock.graphed(calls[form][0])
+            found[form]["graph_ms"] = graph and clock.median_ms(graph, "cuda", 0.1)
+    gc.collect()
     return list(found.values())
+
+
+def _row(case: Case, form: str, mode: str) -> Row:
+    row: Row = {"op": case.op, "case": case.name, "group": case.group, **case.shape, "dtype": case.dtype}
+    return row | {"mode": mode, "form": form} | ({"other": True} if other_function(case, form) else {})
+
+
+def _gated(case: Case, form: str, row: Row, exact: Exact, sets: Sequence[Inputs], plan: Plan) -> Form | None:
+    """The form if it can run and is right; else the row says why there is no time."""
+    reason = why_not(case, form, exact.mode, plan)
+    if reason is not None:
+        row["not_run"] = reason
+        return None
+    try:
+        function = function_of(case, form, plan.backend)
+        row["errors"] = errors(case, form, function, sets[0], exact)
+    except Exception as error:  # a peer that refuses a shape, and a compiler that fails, are rows of the report
+        row["wrong" if form == OURS else "not_run"] = f"{type(error).__name__}: {str(error).strip()[:160]}"
+        return None
+    if wrong(case, row["errors"]):
+        row["wrong"] = True
+        return None
+    return function
 
 
 def wrong(case: Case, found: dict[str, float]) -> bool:
@@ -220,18 +270,24 @@ def wrong(case: Case, found: dict[str, float]) -> bool:
     return any(not error <= limits[kind] for kind, error in found.items())
 
 
+def floor_ms(case: Case, mode: str, rates: dict[str, float]) -> float:
+    """The time of the operations at the rate of products, or of the bytes at that of a copy, whichever is longer."""
+    seconds = max(case.flops[mode] / _gemm_rate(rates, case.dtype), case.moved_bytes[mode] / rates["copy_bytes_per_s"])
+    return 1e3 * seconds
+
+
 def summary(times: list[float], ours: list[float]) -> Row:
     """Median and quartiles in milliseconds, and how many times ours it takes, round by round."""
     row: Row = {
-        "median_ms": 1e3 * statistics.median(times), "low_ms": 1e3 * _quartile(times, 0.25),
-        "high_ms": 1e3 * _quartile(times, 0.75), "rounds": len(times),
+        "median_ms": 1e3 * statistics.median(times), "low_ms": 1e3 * quartile(times, 0.25),
+        "high_ms": 1e3 * quartile(times, 0.75), "rounds": len(times),
     }  # fmt: skip
     ratios = [theirs / own for theirs, own in zip(times, ours, strict=False)]
     if ratios:
-        row |= {"ratio": statistics.median(ratios), "ratio_low": _quartile(ratios, 0.25)}
-        row["ratio_high"] = _quartile(ratios, 0.75)
+        row |= {"ratio": statistics.median(ratios), "ratio_low": quartile(ratios, 0.25)}
+        row["ratio_high"] = quartile(ratios, 0.75)
     return row
 
 
-def _quartile(values: list[float], fraction: float) -> float:
+def quartile(values: Sequence[float], fraction: float) -> float:
     return sorted(values)[round(fraction * (len(values) - 1))]

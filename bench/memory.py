@@ -9,27 +9,49 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from nystromgan import _memory
-from nystromgan.bench import cases, measure
+from nystromgan.bench import measure
+from nystromgan.bench.case import COMPILED, OURS, TUNED, Case
+from nystromgan.bench.cases import cases
+from nystromgan.testing import MEMORY_ENVIRONMENT, extra_peak_bytes
+
+Key = tuple[str, str, str]  # case, form, mode
 
 
-def add(rows: list[measure.Row], device: str, progress: Callable[[str], None]) -> None:
-    """Adds peak_bytes to every row that has a time."""
+def add(rows: Iterable[measure.Row], device: str, every_form: bool, progress: Callable[[str], None]) -> None:
+    """Adds peak_bytes to every row that has a time, or to ours and the fastest peer's of each case and mode."""
     timed = [row for row in rows if "median_ms" in row]
-    keys = [(row["case"], row["form"], row["mode"]) for row in timed]
-    for row, peak in zip(timed, on_gpu(keys) if device == "cuda" else on_cpu(keys), strict=True):
+    chosen = timed if every_form else [row for row in timed if _decides(row, timed)]
+    keys = [(row["case"], row["form"], row["mode"]) for row in chosen]
+    for row, peak in zip(chosen, on_gpu(keys) if device == "cuda" else on_cpu(keys), strict=True):
         row["peak_bytes"] = peak
         progress(f"memory  {row['case']}, {row['mode']}, {row['form']}")
 
 
-def on_gpu(keys: list[tuple[str, str, str]]) -> Iterator[int]:
+def steps(rows: Iterable[measure.Row], every_form: bool) -> int:
+    """How often `add` reports progress."""
+    timed = [row for row in rows if "median_ms" in row]
+    return len(timed) if every_form else sum(_decides(row, timed) for row in timed)
+
+
+def _decides(row: measure.Row, timed: Sequence[measure.Row]) -> bool:
+    rivals = [
+        other
+        for other in timed
+        if (other["case"], other["mode"]) == (row["case"], row["mode"])
+        and other["form"] != OURS
+        and "other" not in other
+    ]
+    return row["form"] == OURS or row is min(rivals, key=lambda rival: rival["median_ms"], default=None)
+
+
+def on_gpu(keys: Sequence[Key]) -> Iterator[int]:
     """The most bytes that each call has allocated beyond those before it."""
-    found = {case.name: case for case in cases.cases()}
+    found = {case.name: case for case in cases("cuda")}
     for name, form, mode in keys:
         call = measure.prepared(found[name], form, mode, "cuda")
         call()
@@ -41,9 +63,9 @@ def on_gpu(keys: list[tuple[str, str, str]]) -> Iterator[int]:
         yield torch.cuda.max_memory_allocated() - before
 
 
-def on_cpu(keys: list[tuple[str, str, str]]) -> Iterator[int | None]:
+def on_cpu(keys: Sequence[Key]) -> Iterator[int | None]:
     """The most resident bytes of each call beyond those before it; None where a child died."""
-    environment = {**os.environ, **_memory.ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, **MEMORY_ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     child = subprocess.Popen(
         [sys.executable, "-m", "nystromgan.bench.memory"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -58,14 +80,14 @@ def on_cpu(keys: list[tuple[str, str, str]]) -> Iterator[int | None]:
     child.wait()
 
 
-def _peak(case: cases.Case, form: str, mode: str) -> int:
-    if form.endswith(cases.COMPILED):  # compiled for one shape: its first call is compilation
+def _peak(case: Case, form: str, mode: str) -> int:
+    if form.endswith((COMPILED, TUNED)):  # compiled for one shape: its first call is compilation
         call = measure.prepared(case, form, mode, "cpu")
         call()
-        return _memory.extra_peak_bytes(call)
+        return extra_peak_bytes(call)
     measure.prepared(case, form, mode, "cpu", case.small)()
     call = measure.prepared(case, form, mode, "cpu")
-    return _memory.extra_peak_bytes(call)
+    return extra_peak_bytes(call)
 
 
 def _in_child(function: Callable[[], Any]) -> Any:
@@ -83,7 +105,9 @@ def _in_child(function: Callable[[], Any]) -> Any:
 
 
 def main() -> None:
-    found = {case.name: case for case in cases.cases()}
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401  (a first backward imports it; once for all children)
+
+    found = {case.name: case for case in cases("cpu")}
     for name, form, mode in json.load(sys.stdin):
         print(json.dumps(_in_child(functools.partial(_peak, found[name], form, mode))), flush=True)
 

@@ -1,55 +1,108 @@
-"""Plots of the report as SVG in the page's own text colour."""
+"""Plots of the report: SVG in the page's own text colour, and PNG files for the Markdown."""
 
 import html
 import io
+import math
+import pathlib
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from nystromgan.bench.cases import COMPILED, FULL, OURS
+from nystromgan.bench.case import COMPILED, FULL, OURS, TUNED
+from nystromgan.bench.landmarks import EXACT, KINDS
 
+Draw = Callable[[Any], None]
 INK = "#010203"  # replaced by the page's text colour
+GREY = "#6b7f99"
 # Legible on white and on black; ours is warm, exact attention grey-blue.
 COLORS = {
     OURS: "#d6409f",
-    FULL: "#6b7f99",
+    FULL: GREY,
     "two SDPA calls": "#3b82f6",
     "eager, F (Z (G V))": "#0d9488",
     "eager, (F Z) (G V)": "#7c9a00",
     "nystrom-attention": "#e08a00",
+    "transformers": "#9b6bdf",
 }
+KIND_COLORS = dict(zip(KINDS, ("#7c9a00", "#3b82f6", "#e08a00", "#d6409f"), strict=True))
 
 
-def growth(rows: list[dict[str, Any]], mode: str, dtype: str, field: str) -> str:
-    """Time or memory over tokens, both axes logarithmic, one line a form; nothing where there is nothing to draw."""
-    rows = [row for row in rows if (row["group"], row["mode"], row["dtype"]) == ("landmarks", mode, dtype)]
-    if not any(row.get(field) for row in rows):
-        return ""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 10}):
-        figure = Figure(figsize=(4.6, 3.3), layout="constrained")
-        ax = figure.subplots()
-        for form, color in COLORS.items():
-            for suffix, style in (("", "-"), (COMPILED, "--")):
-                points = [row for row in rows if row["form"] == form + suffix and row.get(field)]
-                values = [row[field] / (2**20 if field == "peak_bytes" else 1) for row in points]
-                ax.plot([row["N"] for row in points], values, style, color=color, marker="o", markersize=4)
-        _decorate(ax, "MiB" if field == "peak_bytes" else "ms")
-        return _svg(figure)
+def family(form: str) -> str | None:
+    """The colour's name of a form; None for forms that the plots leave out."""
+    return next(
+        (name for name in COLORS if form == name or form.startswith((name + ",", name + "'", name + " "))), None
+    )
 
 
-def _decorate(ax: Any, unit: str) -> None:
-    ax.set_xscale("log", base=2)
+def growth(rows: Sequence[dict[str, Any]], mode: str, dtype: str, field: str) -> Draw | None:
+    """Time or memory over tokens, both axes logarithmic, a line for the best of each family; None without values."""
+    rows = [r for r in rows if (r["group"], r["mode"], r["dtype"]) == ("landmarks", mode, dtype) and r.get(field)]
+    if not rows:
+        return None
+
+    def draw(ax: Any) -> None:
+        for name, color in COLORS.items():
+            for compiled in (False, True):
+                best: dict[int, float] = {}
+                for row in rows:
+                    if family(row["form"]) == name and row["form"].endswith((COMPILED, TUNED)) == compiled:
+                        best[row["N"]] = min(row[field], best.get(row["N"], math.inf))
+                values = [value / (2**20 if field == "peak_bytes" else 1) for _, value in sorted(best.items())]
+                ax.plot(sorted(best), values, "--" if compiled else "-", color=color, marker="o", markersize=4)
+        _logarithmic(ax, "tokens", "MiB" if field == "peak_bytes" else "ms")
+
+    return draw
+
+
+def accuracy(rows: Sequence[dict[str, Any]], sharpness: str) -> Draw:
+    """Error over the number of landmarks, a line and a range for each kind."""
+
+    def draw(ax: Any) -> None:
+        for kind, color in KIND_COLORS.items():
+            points = [(row["landmarks"], row["errors"][sharpness]) for row in rows if row["kind"] == kind]
+            counts = [count for count, _ in points]
+            ax.plot(counts, [e["median"] for _, e in points], "-", color=color, marker="o", markersize=4)
+            lows, highs = ([e[name] for _, e in points] for name in ("low", "high"))
+            ax.fill_between(counts, lows, highs, color=color, alpha=0.15, linewidth=0)
+        _logarithmic(ax, "landmarks", "error")
+
+    return draw
+
+
+def price(rows: Sequence[dict[str, Any]], sharpness: str) -> Draw:
+    """Error over time, a line for each kind; the dashed line is the time of exact attention."""
+
+    def draw(ax: Any) -> None:
+        for kind, color in KIND_COLORS.items():
+            points = [(r["median_ms"], r["errors"][sharpness]["median"]) for r in rows if r["kind"] == kind]
+            ax.plot(*zip(*points, strict=True), "-", color=color, marker="o", markersize=4)
+        for row in rows:
+            if row["kind"] == EXACT:
+                ax.axvline(row["median_ms"], color=GREY, linestyle="--")
+        _logarithmic(ax, "ms, forward of the block", "error")
+
+    return draw
+
+
+def _logarithmic(ax: Any, across: str, up: str) -> None:
+    tokens = across in ("tokens", "landmarks")
+    ax.set_xscale("log", base=2 if tokens else 10)
     ax.set_yscale("log")
-    ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
+    ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 and tokens else f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.yaxis.set_minor_locator(ticker.NullLocator())
-    ax.set_xlabel("tokens")
-    ax.set_ylabel(unit)
+    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    if ax.get_ylim()[1] > 30 * ax.get_ylim()[0]:
+        ax.yaxis.set_minor_locator(ticker.NullLocator())
+    else:  # within one decade ten's powers alone would leave the axis bare
+        ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:e}")[0] in "25" else "")
+    ax.set_xlabel(across)
+    ax.set_ylabel(up)
     ax.grid(alpha=0.25, color=INK)
-    ax.tick_params(colors=INK)
+    ax.tick_params(which="both", colors=INK)
     for label in (ax.xaxis.label, ax.yaxis.label):
         label.set_color(INK)
     for side, spine in ax.spines.items():
@@ -57,19 +110,35 @@ def _decorate(ax: Any, unit: str) -> None:
         spine.set_color(INK)
 
 
-def _svg(figure: Figure) -> str:
-    figure.patch.set_alpha(0)
-    for ax in figure.axes:
-        ax.patch.set_alpha(0)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+def _figure(draw: Draw) -> Figure:
+    figure = Figure(figsize=(4.6, 3.3), layout="constrained")
+    draw(figure.subplots())
+    return figure
+
+
+def svg(draw: Draw) -> str:
+    """The drawing as an element of a page."""
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 10}):
+        figure = _figure(draw)
+        figure.patch.set_alpha(0)
+        for ax in figure.axes:
+            ax.patch.set_alpha(0)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     return re.sub(INK, "currentColor", text[text.index("<svg") :], flags=re.IGNORECASE)
 
 
-def legend(rows: list[dict[str, Any]]) -> str:
-    shown = {row["form"] for row in rows if row["group"] == "landmarks"}
-    items = [(form, color) for form, color in COLORS.items() if form in shown]
-    compiled = " Dashed: the same under torch.compile." if any(form.endswith(COMPILED) for form in shown) else ""
-    spans = "".join(f'<span><i style="background:{color}"></i>{html.escape(form)}</span>' for form, color in items)
-    return f"<div class=legend>{spans}<span>{compiled}</span></div>"
+def png(draw: Draw, path: pathlib.Path) -> None:
+    """The drawing as a file, on white."""
+    with matplotlib.rc_context({"font.size": 10}):
+        _figure(draw).savefig(path, dpi=160)
+
+
+def legend(colors: dict[str, str], shown: set[str], note: str = "") -> str:
+    spans = "".join(
+        f'<span><i style="background:{color}"></i>{html.escape(name)}</span>'
+        for name, color in colors.items()
+        if name in shown
+    )
+    return f"<div class=legend>{spans}<span>{note}</span></div>"

@@ -1,10 +1,11 @@
-"""What the results say: ratios against the best peer, crossovers, targets, and the README's table."""
+"""What the results say: ratios against the best peer, crossovers, noise, and the README's table."""
 
-import json
-import pathlib
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from nystromgan.bench.cases import FULL, MODES, OURS, PLAIN
+from nystromgan.bench import store
+from nystromgan.bench.case import FULL, MODES, OURS
 
 Row = dict[str, Any]
 LABELS = {  # rows of the README's table, by group
@@ -12,7 +13,7 @@ LABELS = {  # rows of the README's table, by group
     "maps": "exact attention of {side} x {side} maps, {C} and {E} channels",
     "spectral norm": "spectral norm of {layers} layers",
 }
-NOISY = 0.1  # a ratio whose quartiles are further apart than this share of it
+NOISY = 0.1  # a ratio is noisy where its quartiles, or two runs of one commit, are further apart than this share of it
 
 
 class Result(NamedTuple):
@@ -27,51 +28,17 @@ class Result(NamedTuple):
 
     @property
     def noisy(self) -> bool:
-        return self.peer["ratio_high"] - self.peer["ratio_low"] > NOISY * self.ratio
+        return is_noisy(self.peer)
 
 
-class Target(NamedTuple):
-    """A promise: the least ratio of the best peer's time to ours, or the most of ours to the floor."""
-
-    group: str
-    dtype: str | None
-    mode: str | None
-    least: float
-    tokens: int | None = None
-    against: str | None = None  # a form by name; the best peer without one
+def is_noisy(row: Row) -> bool:
+    """Whether the rounds of a ratio, or this run and the one before at the same commit, disagree."""
+    ratio, before = row["ratio"], row.get("ratio_before", row["ratio"])
+    return row["ratio_high"] - row["ratio_low"] > NOISY * ratio or abs(ratio - before) > NOISY * ratio
 
 
-TARGETS = [
-    *(
-        Target("landmarks", dtype, mode, least, tokens)
-        for tokens in (16384, 65536)
-        for dtype, mode, least in (
-            ("fp32", MODES[0], 1.8),
-            ("bf16", MODES[0], 1.5),
-            ("fp32", MODES[1], 2.0),
-            ("bf16", MODES[1], 1.5),
-        )
-    ),
-    *(Target("landmarks", dtype, MODES[1], 1.0, tokens, FULL) for tokens in (512, 1024) for dtype in ("fp32", "bf16")),
-    Target("savgan", None, None, 2.0),
-    Target("clustered", None, MODES[0], 1 / 2.5, against=PLAIN),
-    Target("clustered", None, MODES[1], 1 / 1.6, against=PLAIN),
-    Target("maps", None, None, 1.3),
-    Target("spectral norm", None, None, 2.5),
-]
-
-
-def load(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The records of one machine by op."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-
-
-def rows_of(records: dict[str, dict[str, Any]]) -> list[Row]:
-    return [row for record in records.values() for row in record["rows"]]
-
-
-def results(rows: list[Row], against: str | None = None) -> list[Result]:
-    """One result a case and mode: ours beside the fastest peer that computes the same, or beside the form named."""
+def results(rows: Sequence[Row], against: str | None = None) -> list[Result]:
+    """One result a case and mode: ours beside the fastest peer that computes the same, or of the family named."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row["case"], row["mode"]), []).append(row)
@@ -79,57 +46,69 @@ def results(rows: list[Row], against: str | None = None) -> list[Result]:
     for group in found.values():
         timed = [row for row in group if "ratio" in row]
         ours = [row for row in timed if row["form"] == OURS]
-        allowed = [
-            row for row in timed if row["form"] == against or (against is None and row["form"] not in (OURS, FULL))
-        ]
-        if ours and allowed:
-            pairs.append(Result(ours[0], min(allowed, key=lambda row: row["ratio"])))
+        rivals = [row for row in timed if _is_rival(row, against)]
+        if ours and rivals:
+            pairs.append(Result(ours[0], min(rivals, key=lambda row: row["ratio"])))
     return pairs
 
 
-def crossovers(rows: list[Row]) -> list[tuple[str, str, int | None]]:
-    """(dtype, mode, fewest tokens from which on ours is faster than torch's fused full attention)."""
+def _is_rival(row: Row, against: str | None) -> bool:
+    if row["form"] == OURS:
+        return False
+    return row["form"].startswith(against) if against else "other" not in row
+
+
+def crossovers(rows: Sequence[Row]) -> list[tuple[str, str, dict[int, float]]]:
+    """(dtype, mode, tokens to the ratio against the fastest of torch's fused full attention)."""
+    pairs = results([row for row in rows if row["group"] == "landmarks"], FULL)
     found = []
     for dtype in ("fp32", "bf16"):
         for mode in MODES:
-            ratios = {
-                pair.ours["N"]: pair.ratio
-                for pair in results([r for r in rows if r["group"] == "landmarks"], FULL)
-                if (pair.ours["dtype"], pair.ours["mode"]) == (dtype, mode)
-            }
-            losing = [tokens for tokens, ratio in ratios.items() if ratio <= 1]
-            winning = [tokens for tokens in sorted(ratios) if tokens > max(losing, default=0)]
-            found.append((dtype, mode, winning[0] if winning else None))
+            wanted = [pair for pair in pairs if (pair.ours["dtype"], pair.ours["mode"]) == (dtype, mode)]
+            if wanted:
+                found.append((dtype, mode, {pair.ours["N"]: pair.ratio for pair in wanted}))
     return found
 
 
-def held(target: Target, rows: list[Row]) -> list[tuple[Result, bool]]:
-    """The results that a target speaks of, and whether each holds it."""
+def crossing(ratios: dict[int, float]) -> float | None:
+    """The number of tokens at which ours becomes the faster, on a line through logarithms; None where it never does.
 
-    def fits(row: Row) -> bool:
-        return (
-            row["group"] == target.group
-            and target.dtype in (None, row["dtype"])
-            and target.mode in (None, row["mode"])
-            and target.tokens in (None, row.get("N"))
-        )
+    The smallest number measured, where ours is faster from there on.
+    """
+    tokens = sorted(ratios)
+    losing = [n for n in tokens if ratios[n] <= 1]
+    if not losing:
+        return float(tokens[0])
+    after = [n for n in tokens if n > losing[-1]]
+    if not after:
+        return None
+    low, high = losing[-1], after[0]
+    share = -math.log(ratios[low]) / (math.log(ratios[high]) - math.log(ratios[low]))
+    return low * (high / low) ** share
 
-    return [(pair, pair.ratio >= target.least) for pair in results([r for r in rows if fits(r)], target.against)]
+
+def predicted(rows: Sequence[Row], held: dict[tuple[str, str], float]) -> list[tuple[Row, float]]:
+    """Rows of ours whose memory a formula tells, with measured over predicted."""
+    return [
+        (row, row["peak_bytes"] / held[row["case"], row["mode"]])
+        for row in rows
+        if row["form"] == OURS and row.get("peak_bytes") and (row["case"], row["mode"]) in held
+    ]
 
 
 def mib(row: Row) -> str:
     peak = row.get("peak_bytes")
-    return "–" if peak is None else f"{peak / 2**20:,.0f}"
+    return "–" if peak is None else number(peak / 2**20)
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def headline(records: dict[str, dict[str, Any]]) -> str:
+def headline(records: dict[str, store.Record]) -> str:
     """The README's table, in Markdown: each op at the sizes that matter, beside the best other form."""
     lines = ["| float32 | nystromgan | best other form | ratio |", "|---|---|---|---|"]
-    for ours, peer in results(rows_of(records)):
+    for ours, peer in results(store.rows_of(records)):
         if ours["dtype"] == "fp32" and ours["group"] in LABELS and ours.get("N", 16384) >= 16384:
             label = LABELS[ours["group"]].format(**ours)
             lines.append(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 STATUS = pathlib.Path("/proc/self/status")
 # The environment of a process that measures: large blocks go back to the system when freed, so that each call starts
 # from the same base.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+MEMORY_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def resident(field: str) -> int:

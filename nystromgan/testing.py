@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from nystromgan import _backend, _env
+from nystromgan._memory import MEMORY_ENVIRONMENT as MEMORY_ENVIRONMENT
+from nystromgan._memory import extra_peak_bytes as extra_peak_bytes
 
 
 class Tolerance(NamedTuple):

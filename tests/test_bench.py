@@ -2,109 +2,240 @@
 
 import json
 import pathlib
-import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from nystromgan import _memory, cli, testing
-from nystromgan.bench import cases, machine, measure, report, tables
-from nystromgan.bench import cli as bench_cli
+from nystromgan import cli, testing
+from nystromgan.bench import clock, compare, machine, measure, memory, store, tables, targets
+from nystromgan.bench.case import COMPILED, MODES, OURS, Case, Peer
+from nystromgan.bench.cases import cases
 
 ROOT = pathlib.Path(__file__).parents[1]
-MACHINES = sorted(path for path in (ROOT / "bench" / "results").glob("cpu-*") if path.is_dir())
 RATES = {"gemm_fp32_flop_per_s": 1e11, "gemm_bf16_flop_per_s": 1e11, "copy_bytes_per_s": 1e10}
-BRIEF = measure.Effort(0.0, 2, 2)
+PLAN = measure.Plan("cpu", RATES, measure.Effort(0.0, 2, 2))
+BATCH_WIDE = ("nystrom-attention package", "transformers")  # tests/integrations hold the second
 
 
-def small(group: str, dtype: str = "fp32") -> cases.Case:
-    """The first case of a group at the size that loads its code."""
-    case = next(case for case in cases.cases() if case.group == group and case.dtype == dtype)
-    return case._replace(shape=case.small)
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "SAMPLE_S", 0.0)
 
 
-GROUPS = sorted({case.group for case in cases.cases()})
+def small(group: str, dtype: str = "fp32") -> Case:
+    """The first case of a group at the size that loads its code, without the packages that take seconds to import."""
+    case = next(case for case in cases() if case.group == group and case.dtype == dtype)
+    peers = {name: peer for name, peer in case.peers.items() if not name.startswith(BATCH_WIDE)}
+    return case._replace(shape=case.small, peers=peers)
+
+
+GROUPS = sorted({(case.group, case.modes[-1]) for case in cases()})
 
 
 def test_names_are_unique() -> None:
-    names = [case.name for case in cases.cases()]
-    assert len(set(names)) == len(names)
-    assert {case.name for case in cases.cases(full=False)} < set(names)
+    for device in ("cpu", "cuda"):
+        names = [case.name for case in cases(device)]
+        assert len(set(names)) == len(names)
+    assert {case.name for case in cases(full=False)} < {case.name for case in cases()}
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("mode", cases.MODES)
+def test_the_registry_computes_nothing() -> None:
+    """Memory is measured in processes forked after the registry is made, which threads do not outlive."""
+    code = (
+        "import os, torch\nthreads = len(os.listdir('/proc/self/task'))\n"
+        "from nystromgan.bench.cases import cases\ncases('cpu'), cases('cuda')\n"
+        "assert len(os.listdir('/proc/self/task')) == threads\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("group", "mode"), GROUPS)
 def test_every_form_is_right_and_timed(group: str, mode: str) -> None:
-    rows = measure.rows(small(group), mode, "cpu", BRIEF, False, RATES)
-    assert [row["form"] for row in rows] == measure.forms_of(small(group), False)
+    case = small(group)
+    rows = measure.rows(case, mode, PLAN)
+    assert [row["form"] for row in rows] == measure.forms_of(case, False)
     assert all(row["median_ms"] > 0 and row["errors"]["output"] < 0.05 for row in rows), rows
-    assert rows[0]["form"] == cases.OURS
+    assert rows[0]["form"] == OURS
     assert rows[0]["ratio"] == 1
 
 
 def test_a_wrong_result_has_no_speed() -> None:
     case = small("maps")
-    forms = {**case.forms, "wrong": lambda: lambda query, key, value: 1.01 * value}
-    rows = measure.rows(case._replace(forms=forms), "forward", "cpu", BRIEF, False, RATES)
+    peers = {**case.peers, "wrong": Peer(lambda: lambda query, key, value: 1.01 * value)}
+    rows = measure.rows(case._replace(peers=peers), "forward", PLAN)
     assert rows[-1]["wrong"]
     assert "median_ms" not in rows[-1]
+    ours = measure.rows(case._replace(ours=lambda backend: lambda query, key, value: (2 - (backend == "auto")) * value),
+                        "forward", PLAN)  # fmt: skip
+    assert ours[0]["wrong"]
+    assert "median_ms" not in ours[0]
+
+
+def test_a_form_that_raises_says_why() -> None:
+    def refuse(**_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such shape")
+
+    case = small("maps")
+    rows = measure.rows(case._replace(peers={"refusing": Peer(lambda: refuse)}), "forward", PLAN)
+    assert rows[-1]["not_run"] == "RuntimeError: no such shape"
+
+
+def test_compiled_forms_are_beside_eager_ones() -> None:
+    case = small("landmarks")._replace(compiled_in_full=True)
+    names = measure.forms_of(case, True)
+    assert names.index("two SDPA calls" + COMPILED) == names.index("two SDPA calls") + 1
+    assert {name for name in names if "FlexAttention" in name} > set()
+    peers = {"doubled": Peer(lambda: lambda matrix: matrix.exp(), compiled=True)}
+    function = measure.function_of(case._replace(peers=peers), "doubled" + COMPILED)
+    matrix = testing.normal(3, 3)
+    assert testing.relative_error(function(matrix=matrix), matrix.exp()) < 1e-6
 
 
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
-    calls = {name: (lambda n=name: order.append(n)) for name in ("ours", "peer")}
-    measure.SAMPLE_S, before = 0.0, measure.SAMPLE_S
-    try:
-        samples = measure.interleaved(calls, "cpu", measure.Effort(0.0, 2, 2))
-    finally:
-        measure.SAMPLE_S = before
+    calls = {name: [lambda n=name: order.append(n)] for name in ("ours", "peer")}
+    samples = measure.interleaved(calls, clock.CLOCKS["cpu"], measure.Effort(0.0, 2, 2))
     assert order[-4:] == ["ours", "peer", "peer", "ours"]
     assert [len(times) for times in samples.values()] == [2, 2]
 
 
+def test_sets_of_inputs_take_turns() -> None:
+    order: list[int] = []
+    clock.CpuClock().sample_s([lambda i=i: order.append(i) for i in range(3)], 5)
+    assert order[:5] == [0, 1, 2, 0, 1]
+
+
+class FakeEvent:
+    """A CUDA event on a clock that every call moves on by a millisecond."""
+
+    now = 0.0
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+def test_the_cuda_clock_times_by_events_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    properties = type("Properties", (), {"L2_cache_size": 50 << 20})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+
+    def call() -> None:
+        FakeEvent.now += 1.0
+
+    assert clock.CudaClock().sample_s([call], 4) == pytest.approx(1e-3)
+    assert clock.CudaClock().number_of_sets(10 << 20) == 10
+    assert clock.CudaClock().number_of_sets(1 << 30) == 2
+
+
+def noisy_row(**fields: float) -> dict[str, float]:
+    return {"ratio": 2.0, "ratio_low": 1.95, "ratio_high": 2.05, **fields}
+
+
+def test_a_ratio_is_noisy_where_rounds_or_runs_disagree() -> None:
+    assert not tables.is_noisy(noisy_row())
+    assert not tables.is_noisy(noisy_row(ratio_before=1.85))
+    assert tables.is_noisy(noisy_row(ratio_high=2.3))
+    assert tables.is_noisy(noisy_row(ratio_before=1.7))
+
+
+def test_a_second_run_of_a_commit_knows_the_first() -> None:
+    """Two runs agree within 10%, or the report marks the ratio."""
+    case = small("pinv")
+    runs = [[row | {"commit": "abc"} for row in measure.rows(case, "forward", PLAN)] for _ in range(2)]
+    rows = store.merged(store.merged([], runs[0], "cpu"), runs[1], "cpu")
+    for row, before in zip(rows, runs[0], strict=True):
+        assert row["ratio_before"] == before["ratio"]
+        apart = abs(row["ratio"] - before["ratio"]) > tables.NOISY * row["ratio"]
+        assert tables.is_noisy(row) >= apart
+    other = store.merged(rows, [row | {"commit": "def"} for row in measure.rows(case, "forward", PLAN)], "cpu")
+    assert not [row for row in other if "ratio_before" in row]
+
+
+@pytest.mark.parametrize(
+    ("this", "other", "word"),
+    [([1.2] * 9, [1.0] * 9, "slower"), ([1.0] * 9, [1.2] * 9, "faster"), ([1.02] * 9, [1.0] * 9, "same"),
+     ([0.5, 2.0, 1.1] * 3, [1.0] * 9, "same")],
+)  # fmt: skip
+def test_verdicts_need_more_than_noise(this: list[float], other: list[float], word: str) -> None:
+    assert compare.verdict(this, other).word == word
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
+def test_compare_measures_two_trees(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "BUDGET_S", 0.0)
+    arguments = ["bench", "--compare", "HEAD", "--case", "pinv B=8 M=16 fp32", "--mode", "forward"]
+    assert cli.main(arguments) in (0, 1)  # a loaded machine may see a difference
+    printed = capfd.readouterr().out
+    assert "1/1  pinv B=8 M=16 fp32, forward: " in printed
+    assert printed.splitlines()[1].split()[-1] in ("slower", "same", "faster")
+    assert cli.main([*arguments[:2], "no-such-commit", *arguments[3:]]) == 1
+    assert "'no-such-commit'" in capfd.readouterr().err
+    assert (
+        "tree"
+        not in subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True).stdout
+    )
+
+
 def test_peak_memory_is_what_a_call_holds() -> None:
     size = 64 << 20
-    assert _memory.extra_peak_bytes(lambda: torch.ones(size // 4).sum()) == pytest.approx(size, rel=0.1)
+    assert testing.extra_peak_bytes(lambda: torch.ones(size // 4).sum()) == pytest.approx(size, rel=0.1)
 
 
-def test_the_command_writes_results_and_the_report_reads_them(tmp_path: pathlib.Path, capsys) -> None:
-    arguments = ["bench", "--quick", "--op", "iterative_pinv", "--case", "B=8", "--output", str(tmp_path)]
+@pytest.mark.skipif("cpu" not in testing.backends_of("nystrom_attention"), reason="reference stores what is N x M")
+def test_memory_is_what_the_formulas_predict() -> None:
+    wanted = [case for case in cases() if case.held_bytes and case.dtype == "fp32"]
+    keys = [(case.name, OURS, mode) for case in wanted for mode in case.modes]
+    predicted = [case.held_bytes[mode] for case in wanted for mode in case.modes]
+    assert len(keys) == 4
+    for key, peak, bytes_held in zip(keys, memory.on_cpu(keys), predicted, strict=True):
+        assert peak == pytest.approx(bytes_held, rel=0.1), key
+
+
+def test_targets_tell_what_is_missed() -> None:
+    row = {
+        "case": "c",
+        "group": "savgan",
+        "dtype": "fp32",
+        "mode": MODES[0],
+        "N": 2048,
+        "ratio_low": 1,
+        "ratio_high": 1,
+    }
+    rows = [row | {"form": OURS, "ratio": 1.0}, row | {"form": "eager", "ratio": 1.5}]
+    found = {finding.target.group: finding for finding in targets.findings(rows)}
+    assert found["savgan"].value == 1.5
+    assert found["savgan"].held is False
+    assert found["maps"].held is None
+
+
+def test_crossings_lie_between_the_sizes_measured() -> None:
+    assert tables.crossing({512: 0.5, 1024: 2.0}) == pytest.approx(724, rel=0.01)
+    assert tables.crossing({512: 1.5, 1024: 2.0}) == 512
+    assert tables.crossing({512: 0.5, 1024: 0.9}) is None
+
+
+def test_the_command_writes_results_and_the_report_reads_them(tmp_path: pathlib.Path) -> None:
+    arguments = ["bench", "--quick", "--op", "iterative_pinv", "--case", "B=8 M=64 fp32", "--output", str(tmp_path)]
     assert cli.main(arguments) == 0
     folder = tmp_path / machine.name()
     rows = json.loads((folder / "iterative_pinv.json").read_text())["rows"]
-    assert {row["mode"] for row in rows} == set(cases.MODES)
+    assert {row["mode"] for row in rows} == set(MODES)
     assert all(row["peak_bytes"] >= 0 for row in rows)
     assert cli.main(["report", "--results", str(folder), "--output", str(tmp_path / "page")]) == 0
-    page = (tmp_path / "page" / "report.html").read_text()
-    assert "<figure>" not in page, "nothing was measured over tokens"
-    assert not re.search(r'(src|href)="https?:', page), "the page must be self-contained"
+    assert "<figure>" not in (tmp_path / "page" / "report.html").read_text(), "nothing was measured over tokens"
     assert "| pinv B=8 M=64 fp32 | forward |" in (tmp_path / "page" / "report.md").read_text()
 
 
 def test_an_unknown_case_is_one_clear_line(capsys) -> None:
     assert cli.main(["bench", "--case", "no such case"]) == 1
     assert "'no such case'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("folder", MACHINES, ids=lambda path: path.name)
-def test_committed_results_are_right(folder: pathlib.Path) -> None:
-    rows = tables.rows_of(tables.load(folder))
-    known = {case.name for case in cases.cases()}
-    assert rows
-    assert {row["case"] for row in rows} <= known
-    assert not [row for row in rows if row["form"] == cases.OURS and row.get("wrong")]
-
-
-@pytest.mark.parametrize("folder", MACHINES, ids=lambda path: path.name)
-def test_committed_results_are_drawn(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    assert cli.main(["report", "--results", str(folder), "--output", str(tmp_path)]) == 0
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("<figure>") == len(re.findall(r"</svg>\s*</figure>", page)) > 0
-
-
-def test_readme_shows_the_committed_results() -> None:
-    text = (ROOT / "README.md").read_text()
-    assert report.with_headline(text, tables.load(bench_cli.RESULTS / report.README_MACHINE)) == text, "make bench-docs"
 
 
 def test_half_precision_tolerance_is_the_library_s() -> None:

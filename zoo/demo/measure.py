@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import nystromgan
 from nystromgan.nn import SelfAttention3d
+from nystromgan.testing import MEMORY_ENVIRONMENT
 from nystromgan.zoo.demo import scene
 
 GRIDS = ((4, 16, 16), (8, 16, 16), (4, 32, 32), (8, 32, 32), (16, 32, 32), (8, 64, 64), (16, 64, 64))
@@ -124,7 +125,7 @@ def add_memory(rows: list[dict[str, Any]], seed: int, progress: Callable[[str], 
     run = [row for row in rows if "not_run" not in row]
     request = json.dumps({"seed": seed, "cases": [[row[name] for name in Case._fields] for row in run]})
     # Large blocks go back to the system when freed, so that each case starts from the same base.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, **MEMORY_ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     child = subprocess.Popen(
         [sys.executable, "-m", "nystromgan.zoo.demo.memory"],
         stdin=subprocess.PIPE,

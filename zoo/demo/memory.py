@@ -1,31 +1,10 @@
 """The process that measures peak memory: reads cases from stdin, prints the extra bytes of each, one a line."""
 
-import ctypes
-import gc
 import json
-import pathlib
 import sys
 
+from nystromgan.testing import extra_peak_bytes
 from nystromgan.zoo.demo import measure
-
-STATUS = pathlib.Path("/proc/self/status")
-
-
-def resident(field: str) -> int:
-    """VmRSS, resident bytes now, or VmHWM, the most since the last reset."""
-    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024
-
-
-def peak_of(case: measure.Case, seed: int) -> int:
-    """The most resident bytes during one call, less those just before it."""
-    call = measure.prepared(case, seed)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = resident("VmRSS")
-    call()
-    return max(resident("VmHWM") - before, 0)
 
 
 def main() -> None:
@@ -35,7 +14,7 @@ def main() -> None:
         for mode in measure.MODES:
             measure.prepared(measure.Case(form, mode, measure.GRIDS[1]), request["seed"])()
     for case in cases:
-        print(peak_of(case, request["seed"]), flush=True)
+        print(extra_peak_bytes(measure.prepared(case, request["seed"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What people use instead, each in its best form; a peer takes the public function's tensors by name.
+"""Segment-mean Nyström attention as people write it, each in its best form; forms take query, key and value.
 
 The pseudo-inverse is in float32 and scaled per matrix in all of them, so that they run in half precision and give
-the numbers of one definition; as shipped, nystrom-attention and transformers raise there, and scale by the maximum
-over the batch.
+the numbers of one definition; as shipped (`packages.py`) nystrom-attention and transformers raise there, and scale by
+the maximum over the batch.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.parametrizations import _SpectralNorm
 
 Form = Callable[..., Tensor]
 
@@ -81,8 +80,8 @@ def eager_left(num_landmarks: int) -> Form:
     return form
 
 
-def nystrom_attention_package(num_landmarks: int) -> Form:
-    """The maths of the nystrom-attention module between its projections: sums over segments, einsums, (F Z) (G V)."""
+def einsums(num_landmarks: int) -> Form:
+    """nystrom-attention's maths between its projections: sums over segments, einsums, (F Z) (G V)."""
 
     def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = query * query.shape[-1] ** -0.5
@@ -108,38 +107,3 @@ def authors(num_landmarks: int) -> Form:
         return ((query_factor @ pinv(core).to(value.dtype)) @ key_factor) @ value
 
     return form
-
-
-def full_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Exact attention by torch's choice of fused kernel, query and key padded to the value's width."""
-    scale, width = query.shape[-1] ** -0.5, value.shape[-1]
-    if query.shape[-1] < width:
-        query, key = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key))
-    return F.scaled_dot_product_attention(query, key, value, scale=scale)
-
-
-def transposed_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Exact attention of maps (B, C, *grid): transposed, padded, and torch's fused attention."""
-    tokens = [x.flatten(2).mT.unsqueeze(1).contiguous() for x in (query, key, value)]  # (B, 1, N, C)
-    return full_attention(*tokens).squeeze(1).mT.contiguous().unflatten(2, query.shape[2:])
-
-
-def transposed_unpadded_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same without padding, by the kernel that torch then takes."""
-    q, k, v = (x.flatten(2).mT.unsqueeze(1).contiguous() for x in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v).squeeze(1).mT.contiguous().unflatten(2, query.shape[2:])
-
-
-def eager_maps(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Exact attention as SAGAN and SAVGAN write it, with the N x N weights."""
-    weights = (query.shape[1] ** -0.5 * query.flatten(2).mT @ key.flatten(2)).softmax(-1)  # (B, N, S)
-    return (value.flatten(2) @ weights.mT).unflatten(2, query.shape[2:])
-
-
-def torch_spectral_norm(weights: list[Tensor], u: list[Tensor], v: list[Tensor]) -> Callable[..., list[Tensor]]:
-    """torch.nn.utils.parametrizations.spectral_norm of every weight, in training, from the vectors given."""
-    modules = [_SpectralNorm(weight.detach()).train() for weight in weights]
-    for module, left, right in zip(modules, u, v, strict=True):
-        module._u.copy_(left)
-        module._v.copy_(right)
-    return lambda *matrices: [module(matrix) for module, matrix in zip(modules, matrices, strict=True)]

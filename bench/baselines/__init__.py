@@ -1,0 +1,1 @@
+"""What people use instead; a form takes the public function's tensors by name."""

@@ -1,0 +1,20 @@
+"""The registry: every case that is measured, one file an op and one for modules.
+
+To add a case, add it to its file's `cases`; to add a baseline, write it in `baselines/` and name it in a case's peers.
+"""
+
+from nystromgan.bench.case import Case
+from nystromgan.bench.cases import (
+    iterative_pinv,
+    modules,
+    nystrom_attention,
+    power_iteration,
+    spatiotemporal_attention,
+)
+
+SOURCES = (nystrom_attention, spatiotemporal_attention, iterative_pinv, power_iteration, modules)
+
+
+def cases(device: str = "cpu", full: bool = True) -> list[Case]:
+    """All cases of a device, or those of --quick."""
+    return [case for source in SOURCES for case in source.cases(device) if full or case.quick]

@@ -1,0 +1,165 @@
+"""Landmark attention: over tokens, at SAVGAN's shapes, clustered, and over a video's grid."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+import nystromgan
+from nystromgan import testing
+from nystromgan.bench.baselines import exact, landmark, packages
+from nystromgan.bench.case import DTYPES, FULL, MODES, PLAIN, Case, Form, Inputs, Peer, Shape, by_mode
+
+OP = "nystrom_attention"
+WINDOW = 7  # of neighbourhood attention, an axis
+MAKERS = {
+    "two SDPA calls": landmark.two_sdpa,
+    "eager, F (Z (G V))": landmark.eager,
+    "eager, (F Z) (G V)": landmark.eager_left,
+    "nystrom-attention's maths": landmark.einsums,
+}
+
+
+def cases(device: str) -> list[Case]:
+    found = [
+        landmark_case("landmarks", (1, 8, tokens, 64, 64, 64), dtype, device)
+        for tokens in (512, 1024, 4096, 16384, 65536)
+        for dtype in ("fp32", "bf16")
+    ]
+    found += [
+        landmark_case("dims", (1, 8, 16384, width, width, landmarks), dtype, device)
+        for width, landmarks in ((32, 64), (128, 64), (64, 128), (64, 256))
+        for dtype in ("fp32", "bf16")
+    ]
+    found += [
+        landmark_case("savgan", (batch, 1, tokens, d, e, landmarks), dtype, device)
+        for d, e, tokens, landmarks in ((8, 64, 2048, 64), (4, 32, 16384, 512))
+        for batch in (1, 4)
+        for dtype in ("fp32", "bf16")
+    ]
+    if device == "cuda":  # the sizes that FlashNystrom's authors give for an H100
+        found.append(landmark_case("flashnystrom", (4, 16, 131072, 128, 128, 64), "bf16", device))
+    found += [clustered_case(16384, dtype) for dtype in ("fp32", "bf16")]
+    return found + [video_case((8, 32, 32), dtype, device) for dtype in ("fp32", "bf16")]
+
+
+def ours(**options: Any) -> Callable[[str], Form]:
+    return lambda backend: functools.partial(nystromgan.nystrom_attention, backend=backend, **options)
+
+
+def tokens_of(dtype: str) -> Callable[[str, Shape, int], Inputs]:
+    def make(device: str, shape: Shape, seed: int) -> Inputs:
+        sizes = (shape["B"], shape["H"], shape["N"], None, shape["D"], shape["E"])
+        return testing.attention_inputs(*sizes, dtype=DTYPES[dtype], device=device, seed=seed)
+
+    return make
+
+
+def work(shape: Shape, dtype: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Operations and bytes: products F, G, F (Z G V), G V and the pseudo-inverse's; each tensor moved once."""
+    rows, width = shape["B"] * shape["H"] * shape["N"], shape["D"] + shape["E"]
+    flops = 4.0 * rows * shape["M"] * width + 48.0 * shape["B"] * shape["H"] * shape["M"] ** 3
+    moved = DTYPES[dtype].itemsize * rows * 2.0 * width
+    return by_mode(flops, 3.5 * flops), by_mode(moved, 3 * moved)
+
+
+def held(shape: Shape, dtype: str) -> dict[str, float]:
+    """The output; with a backward the gradients too."""
+    element = DTYPES[dtype].itemsize * shape["B"] * shape["H"] * shape["N"]
+    return by_mode(element * shape["E"], element * 2.0 * (shape["D"] + shape["E"]))
+
+
+def full_attention(shape: Shape, device: str) -> dict[str, Peer]:
+    """Exact attention of the same tokens, by each kernel that may run here."""
+    flops = 2.0 * shape["B"] * shape["H"] * shape["N"] ** 2 * (shape["D"] + shape["E"])
+    names = exact.fused(device) | (exact.packages() if device == "cuda" else {})
+    found = {
+        f"{FULL}, {name}": Peer(lambda form=form: form, exact.attention, flops=flops) for name, form in names.items()
+    }
+    modes = MODES if device == "cuda" else MODES[:1]
+    return found | {
+        f"{FULL}, FlexAttention": Peer(exact.flex, exact.attention, needs_compile=True, modes=modes, flops=flops)
+    }
+
+
+def landmark_case(group: str, sizes: tuple[int, ...], dtype: str, device: str) -> Case:
+    """Segment means; D, E, N and M as `sizes` (B, H, N, D, E, M) gives them."""
+    shape = dict(zip("BHNDEM", sizes, strict=True))
+    landmarks, tokens = shape["M"], shape["N"]
+    peers = {name: Peer(functools.partial(make, landmarks), compiled=True) for name, make in MAKERS.items()}
+    if shape["D"] == shape["E"]:
+        coupled = functools.partial(nystromgan.nystrom_attention, num_landmarks=landmarks, pinv_init="global_max")
+        for name, make in packages.installed().items():
+            form = functools.partial(make, shape["H"], shape["D"], tokens, landmarks)
+            peers[name] = Peer(form, functools.partial(coupled, backend="reference"), coupled=True)
+    if group == "savgan":
+        pairs = shape["B"] * shape["H"] * tokens**2
+        peers["authors, N x N"] = Peer(
+            functools.partial(landmark.authors, landmarks),
+            flops=2.0 * pairs * (landmarks + shape["E"]), stored_bytes=4.0 * pairs,
+        )  # fmt: skip
+    if group != "dims":
+        peers |= full_attention(shape, device)
+    flops, moved = work(shape, dtype)
+    quick = dtype == "fp32" and group in ("landmarks", "savgan") and shape["B"] == 1 and 512 < tokens < 65536
+    return Case(
+        OP, group, shape, dtype, tokens_of(dtype), ours(num_landmarks=landmarks), peers, flops, moved,
+        {**shape, "N": 2 * landmarks}, testing.TOLERANCES[DTYPES[dtype]], heads=True, quick=quick,
+        compiled_in_full=(tokens == 16384 and shape["B"] == 1) or group == "savgan",
+        held_bytes=held(shape, dtype) if tokens >= 65536 else {},
+    )  # fmt: skip
+
+
+def clustered_case(tokens: int, dtype: str) -> Case:
+    """Two Lloyd steps beside plain segment means: what better landmarks cost.
+
+    A token midway between two landmarks may go to either, so the result is held to the error that such flips make.
+    """
+    shape = {"B": 1, "H": 8, "N": tokens, "D": 64, "E": 64, "M": 64}
+    flops, moved = work(shape, dtype)
+    # Two steps for queries and for keys: distances to all landmarks, then sums.
+    assignment = 2 * 2 * 2.0 * 8 * tokens * 64 * 64
+    plain = ours(num_landmarks=64)
+    return Case(
+        OP, "clustered", shape, dtype, tokens_of(dtype), ours(num_landmarks=64, cluster_iterations=2),
+        {PLAIN: Peer(lambda: plain("auto"), plain("reference"))},
+        {mode: flop + assignment for mode, flop in flops.items()}, moved, {**shape, "N": 128},
+        testing.Tolerance(5e-2, 0.2), heads=True, quick=dtype == "fp32",
+    )  # fmt: skip
+
+
+def video_case(grid: tuple[int, int, int], dtype: str, device: str) -> Case:
+    """Grid landmarks of a clip, beside exact attention and beside what sees a neighbourhood alone."""
+    tokens = grid[0] * grid[1] * grid[2]
+    shape = {"B": 1, "H": 8, "N": tokens, "D": 64, "E": 64, "M": 64, "grid": grid}
+
+    def form(backend: str) -> Form:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            over = _grid_of(query.shape[2])
+            return nystromgan.nystrom_attention(query, key, value, num_landmarks=64, grid=over, backend=backend)
+
+        return attend
+
+    near = functools.partial(exact.neighbourhood, grid, WINDOW)
+    modes = MODES if device == "cuda" else MODES[:1]
+    peers = {
+        f"neighbourhood {WINDOW} x {WINDOW} x {WINDOW}, FlexAttention": Peer(
+            lambda: exact.flex_neighbourhood(grid, WINDOW), near, needs_compile=True, modes=modes
+        )
+    }
+    if device == "cuda" and exact.has("natten"):
+        peers[f"neighbourhood {WINDOW} x {WINDOW} x {WINDOW}, NATTEN"] = Peer(
+            lambda: exact.natten_neighbourhood(grid, WINDOW), near
+        )
+    flops, moved = work(shape, dtype)
+    return Case(
+        OP, "video", shape, dtype, tokens_of(dtype), form, peers | full_attention(shape, device), flops, moved,
+        {**shape, "N": 512, "grid": (8, 8, 8)}, testing.TOLERANCES[DTYPES[dtype]], heads=True,
+    )  # fmt: skip
+
+
+def _grid_of(tokens: int) -> tuple[int, int, int]:
+    """Eight square frames."""
+    side = round((tokens / 8) ** 0.5)
+    return 8, side, side

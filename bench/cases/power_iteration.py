@@ -1,0 +1,86 @@
+"""Spectral normalisation of all weights of a discriminator, in training and in eval, beside torch's parametrization."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+from nystromgan import testing
+from nystromgan.bench.case import DTYPES, MODES, Case, Form, Inputs, Peer, Shape, by_mode
+from nystromgan.nn.spectral_norm import SpectralNorm
+from nystromgan.ops.power_iteration import spectral_normalize
+
+CHANNELS = {20: [64] * 5 + [128] * 5 + [256] * 5 + [512] * 5, 40: [64] * 10 + [128] * 10 + [256] * 10 + [512] * 10}
+CHANNELS[4] = CHANNELS[20][::5]
+
+
+def cases(device: str) -> list[Case]:
+    depths = (20, 40) if device == "cuda" else (20,)
+    return [power_case(layers, training, "fp32") for layers in depths for training in (True, False)]
+
+
+def sizes_of(layers: int) -> list[tuple[int, int]]:
+    """(O, I) of 3 x 3 convolutions."""
+    widths = CHANNELS[layers]
+    return [(out, 9 * into) for into, out in zip([64, *widths], widths, strict=False)]
+
+
+def power_case(layers: int, training: bool, dtype: str) -> Case:
+    """One forward of every weight: a step and the division in training; in eval nothing changes between forwards."""
+    elements = sum(rows * columns for rows, columns in sizes_of(layers))
+
+    def make(device: str, shape: Shape, seed: int) -> Inputs:
+        sizes = enumerate(sizes_of(shape["layers"]))
+        drawn = [testing.normal(*size, dtype=DTYPES[dtype], device=device, seed=100 * seed + i) for i, size in sizes]
+        return {f"w{i}": weight for i, weight in enumerate(drawn)}
+
+    held = by_mode(4.0 * elements, 8.0 * elements) if training else {}
+    return Case(
+        "power_iteration", "spectral norm" if training else "spectral norm, eval", {"layers": layers}, dtype, make,
+        _ours if training else (lambda backend: _per_layer(SpectralNorm, training=False)),
+        {"torch's parametrization": Peer(lambda: _per_layer(_SpectralNorm, training), compiled=True)},
+        by_mode(4.0 * elements, 8.0 * elements), by_mode(8.0 * elements, 20.0 * elements), {"layers": 4},
+        testing.TOLERANCES[DTYPES[dtype]], quick=True, compiled_in_full=True, training=training, held_bytes=held,
+        modes=MODES if training else MODES[:1],
+    )  # fmt: skip
+
+
+def _vectors(weights: Sequence[Tensor], axis: int) -> list[Tensor]:
+    """Unit vectors to start from, the same for every form."""
+    drawn = [testing.normal(w.shape[axis], device=w.device.type, seed=100 + axis) for w in weights]
+    return [(x / x.norm()).to(w.dtype) for x, w in zip(drawn, weights, strict=True)]
+
+
+def _ours(backend: str) -> Form:
+    """All weights in one call, as `fuse_spectral_norm` makes it."""
+    state: list[list[Tensor]] = []
+
+    def form(**weights: Tensor) -> list[Tensor]:
+        matrices = list(weights.values())
+        if not state:
+            state.extend(_vectors(matrices, axis) for axis in range(2))
+        return spectral_normalize(matrices, *state, backend=backend)
+
+    return form
+
+
+def _per_layer(parametrization: Callable[..., Any], training: bool) -> Form:
+    """A parametrization of every weight, called as an access of the weight calls it."""
+    modules: list[Any] = []
+
+    def form(**weights: Tensor) -> list[Tensor]:
+        matrices = list(weights.values())
+        if not modules:
+            modules.extend(_started(parametrization, matrices, training))
+        return [module(matrix) for module, matrix in zip(modules, matrices, strict=True)]
+
+    return form
+
+
+def _started(parametrization: Callable[..., Any], weights: Sequence[Tensor], training: bool) -> list[Any]:
+    modules = [parametrization(weight.detach()).train(training) for weight in weights]
+    for module, u, v in zip(modules, _vectors(weights, 0), _vectors(weights, 1), strict=True):
+        module._u.copy_(u)
+        module._v.copy_(v)
+    return modules

@@ -1,0 +1,60 @@
+"""Results on disk: one file an op in a machine's folder, one row a line."""
+
+import json
+import pathlib
+from typing import Any
+
+from nystromgan.bench.case import MODES
+from nystromgan.bench.cases import cases
+
+Row = dict[str, Any]
+Record = dict[str, Any]
+RESULTS = pathlib.Path(__file__).parent / "results"
+LANDMARKS = "landmarks"  # accuracy over landmarks: the one file whose rows are no case's
+OPS = ("nystrom_attention", "spatiotemporal_attention", "iterative_pinv", "power_iteration", "modules", "zoo")
+
+
+def load(folder: pathlib.Path) -> dict[str, Record]:
+    """The records of one machine by op."""
+    paths = [folder / f"{name}.json" for name in (*OPS, LANDMARKS)]
+    return {path.stem: read(path) for path in paths if path.exists()}
+
+
+def read(path: pathlib.Path) -> Record:
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+
+def rows_of(records: dict[str, Record]) -> list[Row]:
+    return [row for name, record in records.items() if name != LANDMARKS for row in record["rows"]]
+
+
+def write(path: pathlib.Path, record: Record) -> None:
+    """One row a line, so that a change of results reads well in a diff."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({key: value for key, value in record.items() if key != "rows"}, indent=1)
+    lines = ",\n".join("  " + json.dumps(_rounded(row), ensure_ascii=False) for row in record["rows"])
+    path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return {key: _rounded(x) for key, x in value.items()} if isinstance(value, dict) else value
+
+
+def merged(rows: list[Row], new: list[Row], device: str) -> list[Row]:
+    """The rows with those of one case and mode replaced, in the registry's order; other cases leave with the registry.
+
+    A form that is timed again keeps its memory until that is measured again, and at the same commit the ratio of the
+    time before, so that a report can tell what two runs disagree on.
+    """
+    before = {(row["case"], row["mode"], row["form"]): row for row in rows}
+    for row in new:
+        old = before.get((row["case"], row["mode"], row["form"]), {})
+        if "median_ms" in row and "median_ms" in old:
+            row |= {"peak_bytes": old["peak_bytes"]} if "peak_bytes" in old else {}
+            row |= {"ratio_before": old["ratio"]} if old.get("commit") == row.get("commit") and "ratio" in old else {}
+    order = {case.name: i for i, case in enumerate(cases(device))}
+    places = {(row["case"], row["mode"]) for row in new}
+    kept = [row for row in rows if (row["case"], row["mode"]) not in places and row["case"] in order]
+    return sorted(kept + new, key=lambda row: (order.get(row["case"], len(order)), MODES.index(row["mode"])))

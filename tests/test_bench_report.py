@@ -1,0 +1,87 @@
+"""The report of the committed results: whole, self-contained, readable in a browser, and the README's source."""
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from nystromgan import cli
+from nystromgan.bench import report, store
+from nystromgan.bench.case import OURS
+
+ROOT = pathlib.Path(__file__).parents[1]
+MACHINES = sorted(path for path in (ROOT / "bench" / "results").glob("*") if (path / "nystrom_attention.json").exists())
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+SIZES = {"desktop": "1280,2400", "phone": "500,2400"}  # Chromium makes no window narrower than 500
+
+
+@pytest.fixture(scope="module", params=MACHINES, ids=lambda path: path.name)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder of one machine's report."""
+    folder = tmp_path_factory.mktemp(request.param.name)
+    assert cli.main(["report", "--results", str(request.param), "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("folder", MACHINES, ids=lambda path: path.name)
+def test_committed_results_are_right(folder: pathlib.Path) -> None:
+    rows = store.rows_of(store.load(folder))
+    assert rows
+    assert not [row for row in rows if row["form"] == OURS and row.get("wrong")]
+    assert not [row for row in rows if row.get("wrong") and "median_ms" in row]
+
+
+def test_the_page_is_whole_and_stands_alone(made: pathlib.Path) -> None:
+    page = (made / "report.html").read_text()
+    assert page.count("<figure>") == len(re.findall(r"</svg>\s*</figure>", page)) > 0
+    assert not re.search(r'(src|href)="(?!#)', page), "the page must be self-contained"
+    for title in (
+        "Time and memory over tokens",
+        "passes exact attention",
+        "Targets",
+        "best other form",
+        "was measured",
+    ):
+        assert title in page
+    assert "the better choice" in page
+
+
+def test_markdown_and_its_plots(made: pathlib.Path) -> None:
+    text = (made / "report.md").read_text()
+    plots = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert plots
+    assert all((made / plot).read_bytes().startswith(b"\x89PNG") for plot in plots)
+    assert page_titles((made / "report.html").read_text()) == re.findall(r"^## (.*)$", text, re.MULTILINE)
+
+
+def page_titles(page: str) -> list[str]:
+    return re.findall(r"<(?:h2|summary)>(.*?)</", page)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_browser_shows_it(made: pathlib.Path, size: str, theme: str) -> None:
+    """Screenshots go to out/bench/screenshots; nothing but scrolling tables is wider than the window."""
+    shots = ROOT / "out" / "bench" / "screenshots"
+    shots.mkdir(parents=True, exist_ok=True)
+    picture = shots / f"{made.name[:-1]}-{size}-{theme}.png"
+    dark = ["--blink-settings=preferredColorScheme=0"] if theme == "dark" else []
+    width = SIZES[size].split(",")[0]
+    probe = made / "probe.html"
+    script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></html>"
+    probe.write_text((made / "report.html").read_text().replace("</html>", script))
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *dark,
+               f"--window-size={SIZES[size]}", f"--user-data-dir={made / 'profile'}"]  # fmt: skip
+    done = subprocess.run([*command, "--dump-dom", probe.as_uri()], capture_output=True, text=True, timeout=120)
+    assert f"<title>{width} of {width}</title>" in done.stdout
+    subprocess.run([*command, f"--screenshot={picture}", (made / "report.html").as_uri()], check=True,
+                   capture_output=True, timeout=120)  # fmt: skip
+    assert picture.stat().st_size > 20_000
+
+
+def test_readme_shows_the_committed_results() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert report.with_headline(text, store.load(store.RESULTS / report.README_MACHINE)) == text, "make bench-docs"
