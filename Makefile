@@ -58,7 +58,8 @@ bench: native
 bench-docs: $(READY)
 	$(PY) -m nystromgan report --readme README.md
 
-# On a machine with a GPU: correctness against float64, tuning and speed, into bench/results. STAGE picks one of them.
+# On a machine with a GPU: the op tests, correctness against float64, tuning and speed, into bench/results. STAGE picks
+# one of them.
 gpu-check: $(READY)
 	$(PY) -m nystromgan.bench.gpu_check $(if $(STAGE),--stage $(STAGE))
 

@@ -14,6 +14,7 @@ Form = Callable[..., Tensor | Sequence[Tensor]]  # of the inputs, by their names
 MODES = ("forward", "forward+backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = "nystromgan"
+BY = "nystromgan by "  # and a backend's name, where a GPU has more than one
 FULL = "full attention"  # another function than landmark attention: what users pick instead
 PLAIN = "nystromgan, segment means"
 COMPILED, TUNED = ", compiled", ", max-autotune"  # under torch.compile, by default and at its best

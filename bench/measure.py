@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nystromgan import testing
+from nystromgan import _backend, testing
 from nystromgan.bench import clock
-from nystromgan.bench.case import COMPILED, MODES, OURS, TUNED, Case, Form, Inputs, Shape
+from nystromgan.bench.case import BY, COMPILED, MODES, OURS, TUNED, Case, Form, Inputs, Peer, Shape
 
 Row = dict[str, Any]
 LIMIT_S = {"cpu": 3.0, "cuda": 1.0}  # a form that should take longer is left out
@@ -53,15 +53,28 @@ def forms_of(case: Case, compiled: bool) -> list[str]:
     return names
 
 
+def by_backend(case: Case, device: str) -> list[str]:
+    """Ours by each GPU backend, where there is a choice; OURS is the first of them."""
+    able = [name for name in _backend.IMPLEMENTED.get(case.op, ()) if name in ("cuda", "triton")]
+    able = [name for name in able if device == "cuda" and not _backend.unsupported_reasons(case.op, name, [])]
+    return [BY + name for name in able] if len(able) > 1 else []
+
+
 def eager_name(form: str) -> str:
     return form.removesuffix(COMPILED).removesuffix(TUNED)
 
 
+def peer_of(case: Case, form: str) -> Peer | None:
+    """The peer that a form is of; None for ours."""
+    return None if form == OURS or form.startswith(BY) else case.peers[eager_name(form)]
+
+
 def function_of(case: Case, form: str, backend: str = "auto") -> Form:
     """The form by its name, with state of its own."""
-    if form == OURS:
-        return case.ours(backend)
-    made = case.peers[eager_name(form)].make()
+    peer = peer_of(case, form)
+    if peer is None:
+        return case.ours(form.removeprefix(BY) if form.startswith(BY) else backend)
+    made = peer.make()
     if form.endswith(COMPILED):
         return torch.compile(made, dynamic=False)
     if form.endswith(TUNED):
@@ -91,9 +104,9 @@ def _as_list(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 def why_not(case: Case, form: str, mode: str, plan: Plan) -> str | None:
     """The reason to leave a form out; None: measure it."""
-    if form == OURS:
+    peer = peer_of(case, form)
+    if peer is None:
         return None
-    peer = case.peers[eager_name(form)]
     if mode not in peer.modes:
         return f"has no backward on the {plan.device}"
     # Measured: the share of the rate of products that fused attention reaches; both passes take 3.5 to 6 forwards.
@@ -120,7 +133,7 @@ class Exact:
         self.ours: list[list[Tensor]] | None = None
 
     def of(self, form: str) -> list[list[Tensor]]:
-        peer = None if form == OURS else self.case.peers[eager_name(form)]
+        peer = peer_of(self.case, form)
         if peer is not None and peer.coupled:
             wide = {name: x.double() for name, x in self.whole.items()}
             return [[_first_head(x) for x in group] for group in results(peer.definition, wide, self.mode)]
@@ -138,7 +151,8 @@ def errors(case: Case, form: str, function: Form, inputs: Inputs, exact: Exact) 
     whose N x N weights float64 cannot hold, the output of the first 64 queries alone is compared.
     """
     part = _first_head if case.heads else (lambda x: x)
-    if case.heads and form != OURS and case.peers[eager_name(form)].flops and other_function(case, form):
+    peer = peer_of(case, form)
+    if case.heads and peer is not None and peer.flops and other_function(case, form):
         return {"output": _first_queries_error(case, form, function, inputs)}
     values = results(function, inputs, exact.mode)
     expected = exact.of(form)
@@ -158,7 +172,8 @@ def _against_siblings(value: Tensor, expected: Tensor, largest: float) -> float:
 
 
 def other_function(case: Case, form: str) -> bool:
-    return form != OURS and case.peers[eager_name(form)].definition is not None
+    peer = peer_of(case, form)
+    return peer is not None and peer.definition is not None
 
 
 def _first_queries_error(case: Case, form: str, function: Form, inputs: Inputs) -> float:
@@ -224,7 +239,8 @@ def rows(case: Case, mode: str, plan: Plan) -> list[Row]:
     count = timer.number_of_sets(sum(x.numel() * x.element_size() for x in first.values()))
     sets = [first, *(case.make(plan.device, case.shape, seed) for seed in range(1, count))]
     exact = Exact(case, first, mode)
-    found = {form: _row(case, form, mode) for form in forms_of(case, plan.compiled)}
+    forms = forms_of(case, plan.compiled) + by_backend(case, plan.device)
+    found = {form: _row(case, form, mode) for form in forms}
     calls: dict[str, Sequence[clock.Call]] = {}
     for form, row in found.items():
         function = _gated(case, form, row, exact, sets, plan)
@@ -257,7 +273,9 @@ def _gated(case: Case, form: str, row: Row, exact: Exact, sets: Sequence[Inputs]
         function = function_of(case, form, plan.backend)
         row["errors"] = errors(case, form, function, sets[0], exact)
     except Exception as error:  # a peer that refuses a shape, and a compiler that fails, are rows of the report
-        row["wrong" if form == OURS else "not_run"] = f"{type(error).__name__}: {str(error).strip()[:160]}"
+        row["wrong" if peer_of(case, form) is None else "not_run"] = (
+            f"{type(error).__name__}: {str(error).strip()[:160]}"
+        )
         return None
     if wrong(case, row["errors"]):
         row["wrong"] = True

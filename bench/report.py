@@ -134,8 +134,8 @@ def page(records: dict[str, store.Record]) -> str:
 
 
 EXTRA_STYLE = """
-td { text-align: left; }
-td.n { text-align: right; white-space: nowrap; }
+th, td { text-align: left; }
+th.n, td.n { text-align: right; white-space: nowrap; }
 .numbers { min-width: 0; width: auto; }
 .numbers th:first-child { min-width: 13rem; }
 .no { color: var(--accent); font-weight: 600; }
@@ -176,7 +176,11 @@ def _legend(section: Section, records: dict[str, store.Record]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table[0])
+    numeric = [any(_is_number(cells[i]) for cells in table[1:]) for i in range(len(table[0]))]
+    head = "".join(
+        f"<th{' class=n' if right else ''}>{html.escape(cell)}</th>"
+        for cell, right in zip(table[0], numeric, strict=True)
+    )
     lines = "".join(f"<tr>{_cells(cells)}</tr>" for cells in table[1:])
     return f"<div class=scroll><table class=numbers><tr>{head}</tr>{lines}</table></div>"
 
@@ -186,7 +190,11 @@ def _cells(contents: Iterable[str]) -> str:
     first, *rest = contents
     cells = [f"<th>{html.escape(first)}</th>"]
     for content in rest:
-        marks = ["n"] if content[:1].isdigit() or content == "–" else []
-        marks += ["no"] if content == "no" or "noisy" in content else []
+        marks = ["n"] if _is_number(content) else []
+        marks += ["no"] if content == "no" else ["muted"] if "noisy" in content else []
         cells.append(f'<td class="{" ".join(marks)}">{html.escape(content)}</td>')
     return "".join(cells)
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell == "–"

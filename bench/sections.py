@@ -72,7 +72,7 @@ def _crossovers(rows: list[tables.Row]) -> Section:
         "Below the crossing torch's fused full attention is the better choice, and it is exact: it does 2 N N (D + E) "
         "operations, ours 4 N M (D + E) and, however short the sequence, 48 M M M for the pseudo-inverse and three "
         "passes "
-        "over landmarks. With M = 64 the counts are equal near N = 200; what ours takes beyond its count moves the "
+        "over landmarks. With M = 64 the counts are equal near N = 300; what ours takes beyond its count moves the "
         "crossing "
         "up. Exact attention is also the choice where attention is sharp: see the errors below."
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from nystromgan.bench import store
-from nystromgan.bench.case import FULL, MODES, OURS
+from nystromgan.bench.case import BY, FULL, MODES, OURS
 
 Row = dict[str, Any]
 LABELS = {  # rows of the README's table, by group
@@ -53,7 +53,7 @@ def results(rows: Sequence[Row], against: str | None = None) -> list[Result]:
 
 
 def _is_rival(row: Row, against: str | None) -> bool:
-    if row["form"] == OURS:
+    if row["form"] == OURS or row["form"].startswith(BY):
         return False
     return row["form"].startswith(against) if against else "other" not in row
 

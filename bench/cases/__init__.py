@@ -1,4 +1,4 @@
-"""The registry: every case that is measured, one file an op and one for modules.
+"""The registry: every case that is measured, one file an op, one for modules and one for whole networks.
 
 To add a case, add it to its file's `cases`; to add a baseline, write it in `baselines/` and name it in a case's peers.
 """
@@ -10,9 +10,10 @@ from nystromgan.bench.cases import (
     nystrom_attention,
     power_iteration,
     spatiotemporal_attention,
+    zoo,
 )
 
-SOURCES = (nystrom_attention, spatiotemporal_attention, iterative_pinv, power_iteration, modules)
+SOURCES = (nystrom_attention, spatiotemporal_attention, iterative_pinv, power_iteration, modules, zoo)
 
 
 def cases(device: str = "cpu", full: bool = True) -> list[Case]:
