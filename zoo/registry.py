@@ -13,7 +13,7 @@ from torch import nn
 from nystromgan.zoo import config as tables
 
 # A paper's module has TASK, MODEL (a class), OBJECTIVE (a class), and PRESETS {name: configuration}.
-PAPERS: dict[str, str] = {"savgan": "nystromgan.zoo.savgan"}
+PAPERS: dict[str, str] = {"savgan": "nystromgan.zoo.savgan", "tganv2": "nystromgan.zoo.tganv2"}
 
 
 def list_models(pattern: str = "*", task: str | None = None) -> list[str]:
