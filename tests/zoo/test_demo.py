@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from nystromgan.zoo import checkpoints, create_model, save_checkpoint
 from nystromgan.zoo.data import hela
 from nystromgan.zoo.demo import __main__ as command
-from nystromgan.zoo.demo import experiment, findings, measure, plots, report, scene
+from nystromgan.zoo.demo import experiment, findings, generated, measure, plots, report, scene
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,28 @@ def test_page_stands_alone_and_shows_every_number(outcome: experiment.Outcome) -
         if "median_ms" in row:
             assert findings.number(row["median_ms"]) in page
     assert "it would take too long" in page
+
+
+def test_a_checkpoint_is_compared_with_itself(
+    outcome: experiment.Outcome, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = create_model("savgan-small", width=4)
+    with torch.no_grad():
+        for gamma in model.gammas():
+            gamma.fill_(0.5)
+    save_checkpoint(model, tmp_path / generated.CHECKPOINT)
+    assert generated.shipped() == (generated.CHECKPOINT in checkpoints.list_checkpoints())
+    monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path)
+    assert generated.shipped()
+    comparison = generated.compare(seed=0)
+    trained, exact = comparison.clips.values()
+    assert comparison.results["change"] == pytest.approx((trained - exact).square().mean().sqrt().item())
+    assert comparison.results["attention"] > 0
+    assert comparison.results["gammas"] == [0.5, 0.5]
+    assert comparison.results["tokens"] == [256, 2048]
+    page = report.page(outcome._replace(comparison=comparison))
+    assert page.count("data:image/png;base64,") == 8 * 4 + 2
+    assert "64 of 2,048 tokens" in page
 
 
 def test_findings_follow_the_numbers(outcome: experiment.Outcome) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import nystromgan
-from nystromgan.zoo.demo import measure, scene
+from nystromgan.zoo.demo import generated, measure, scene
 
 SHARPNESS = (0.5, 1.0, 2.0, 4.0, 8.0)
 MORE = (scene.Form("256 grid landmarks", 256), scene.Form("256 clustered landmarks", 256, 2))
@@ -22,6 +22,7 @@ class Outcome(NamedTuple):
     scene: scene.Scene
     maps: dict[str, Tensor]  # form: the chosen voxel's weights, (T, H, W)
     results: dict[str, Any]  # what results.json holds
+    comparison: generated.Comparison | None = None  # of the checkpoint that ships, where one does
 
 
 def run(seed: int, quick: bool, progress: Callable[[str], None]) -> Outcome:
@@ -34,6 +35,10 @@ def run(seed: int, quick: bool, progress: Callable[[str], None]) -> Outcome:
     curves = error_curves(place, SHARPNESS[:2] if quick else SHARPNESS, progress)
     rows = measure.times(measure.cases(quick), seed, progress)
     measure.add_memory(rows, seed, progress)
+    comparison = None
+    if generated.shipped():
+        comparison = generated.compare(seed)
+        progress(f"clips sampled from {generated.CHECKPOINT}, with exact attention and with landmarks")
     results = {
         "machine": machine(),
         "seed": seed,
@@ -42,13 +47,14 @@ def run(seed: int, quick: bool, progress: Callable[[str], None]) -> Outcome:
         "rows": {name: _row_summary(row, maps["exact"]) for name, row in maps.items()},
         "error": curves,
         "measurements": rows,
+        "generated": comparison.results if comparison else None,
     }
-    return Outcome(place, maps, results)
+    return Outcome(place, maps, results, comparison)
 
 
 def steps(quick: bool) -> int:
     """How often `run` reports progress, at most."""
-    return 1 + len(scene.FORMS) + (2 if quick else len(SHARPNESS)) + 2 * len(measure.cases(quick))
+    return 1 + generated.shipped() + len(scene.FORMS) + (2 if quick else len(SHARPNESS)) + 2 * len(measure.cases(quick))
 
 
 def error_curves(

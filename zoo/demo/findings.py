@@ -51,6 +51,22 @@ def attention_sentence(results: dict[str, Any]) -> str:
     )
 
 
+def generated_sentence(found: dict[str, Any]) -> str:
+    trained, exact = found["times_ms"].values()
+    blocks = " and ".join(
+        f"{count} of {tokens:,} tokens" for count, tokens in zip(found["landmarks"], found["tokens"], strict=True)
+    )
+    gammas = " and ".join(f"{gamma:.3f}" for gamma in found["gammas"])
+    return (
+        f"The checkpoint {found['checkpoint']} ({found['parameters']:,} parameters), which this repository trained "
+        f"with landmarks ({blocks}), turns the same four latents into clips twice: as it was trained, and with exact "
+        f"attention on the same weights. The clips differ by {found['change']:.2g} (root mean square; the standard "
+        f"deviation of the pixels is {found['contrast']:.2g}), while leaving attention out changes them by "
+        f"{found['attention']:.2g}: its weights gamma came to {gammas} in training. Sampling took {duration(trained)} "
+        f"with landmarks and {duration(exact)} exactly."
+    )
+
+
 def row_caption(form: str, results: dict[str, Any]) -> str:
     row = results["rows"][form]
     if form == "exact":

@@ -5,6 +5,7 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
+from nystromgan.zoo import media
 from nystromgan.zoo.data import hela
 from nystromgan.zoo.demo import findings, measure, plots, scene
 from nystromgan.zoo.demo.experiment import Outcome
@@ -19,7 +20,7 @@ TITLES = {
 
 def page(outcome: Outcome) -> str:
     """The whole document."""
-    sections = (_summary, _attention, _error, _growth, _advice, _table, _method)
+    sections = (_summary, _attention, _error, _growth, _generated, _advice, _table, _method)
     body = "\n".join(section(outcome) for section in sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -112,6 +113,23 @@ def _growth(outcome: Outcome) -> str:
         f"<div class=legend>{legend}</div><div class=pair>{figures}</div>"
         "<p class=muted>Both axes are logarithmic. A line that ends early was stopped there: see the table.</p>"
         "</section>"
+    )
+
+
+def _generated(outcome: Outcome) -> str:
+    """The checkpoint's clips in both forms; nothing where none ships."""
+    comparison = outcome.comparison
+    if comparison is None:
+        return ""
+    sheets = []
+    for form, clips in comparison.clips.items():
+        image = _data("image/png", media.png(media.sheet(clips)))
+        sheets.append(f'<h3>{form}</h3><div class=scroll><img class=sheet alt="clips: {form}" src="{image}"></div>')
+    return (
+        "<section><h2>A trained model, with exact attention and with landmarks</h2>"
+        f"<p>{findings.generated_sentence(comparison.results)}</p>"
+        f"<figure class=strips>{''.join(sheets)}<figcaption>A row a clip, its frames from left to right.</figcaption>"
+        "</figure></section>"
     )
 
 

@@ -25,6 +25,7 @@ figcaption { color: var(--muted); font-size: .88rem; }
 .strip { display: grid; grid-template-columns: repeat(8, minmax(112px, 1fr)); gap: 4px; min-width: 924px; }
 .cell { position: relative; line-height: 0; }
 .cell img { width: 100%; border-radius: 3px; }
+.sheet { width: 100%; min-width: 528px; image-rendering: pixelated; border-radius: 3px; }
 .ring { position: absolute; width: 15px; height: 15px; margin: -7.5px 0 0 -7.5px; border: 2px solid #22d3ee;
   border-radius: 50%; }
 .strips figcaption { margin-top: .7rem; }
