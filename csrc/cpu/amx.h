@@ -10,6 +10,8 @@ constexpr int64_t kTileRows = 16;  // rows of A and columns of B
 constexpr int64_t kTileDepth = 32;
 constexpr int64_t kTileSize = kTileRows * kTileDepth;
 
+constexpr int64_t depth_of(int64_t k) { return (k + kTileDepth - 1) / kTileDepth; }
+
 // The first n of up to 32 values along k.
 NYSTROMGAN_INLINE __m512i load_along(const BFloat16* p, int64_t n) {
   return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
@@ -59,24 +61,33 @@ NYSTROMGAN_INLINE void pack_tile(
   for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * kTileDepth, (__m512i)x[i]);
 }
 
-// Packs an operand of any strides.
-template <bool left, class S>
-inline void pack_tiles(
-    const S* src, int64_t major, int64_t k, int64_t major_stride, int64_t k_stride, BFloat16* tiles) {
+// Calls pack(from, major, k, major_stride, k_stride, tile) for tiles of an operand of any strides, those of `rows` strips of
+// 16 from strip `first` on. All k of a strip lie together, each tile in `parts` of 1 KiB.
+template <class S, class Pack>
+inline void for_tiles(
+    int64_t first, int64_t rows, const S* src, int64_t major, int64_t k, int64_t major_stride, int64_t k_stride,
+    BFloat16* tiles, int64_t parts, Pack pack) {
   const bool strided = major_stride != 1 && k_stride != 1;
-  for (int64_t m = 0; m < major; m += kTileRows)
-    for (int64_t i = 0; i < k; i += kTileDepth, tiles += kTileSize) {
+  tiles += first * depth_of(k) * parts * kTileSize;
+  for (int64_t m = first * kTileRows; m < min(major, (first + rows) * kTileRows); m += kTileRows)
+    for (int64_t i = 0; i < k; i += kTileDepth, tiles += parts * kTileSize) {
       const S* from = src + m * major_stride + i * k_stride;
-      const int64_t rows = min(kTileRows, major - m), depth = min(kTileDepth, k - i);
+      const int64_t height = min(kTileRows, major - m), depth = min(kTileDepth, k - i);
       if (!strided) {
-        pack_tile<left>(from, rows, depth, major_stride, k_stride, tiles);
+        pack(from, height, depth, major_stride, k_stride, tiles);
         continue;
       }
       S buffer[kTileSize];
-      for (int64_t r = 0; r < rows; ++r)
+      for (int64_t r = 0; r < height; ++r)
         for (int64_t d = 0; d < depth; ++d) buffer[r * kTileDepth + d] = from[r * major_stride + d * k_stride];
-      pack_tile<left>(buffer, rows, depth, kTileDepth, 1, tiles);
+      pack(buffer, height, depth, kTileDepth, 1, tiles);
     }
+}
+
+template <bool left, class S>
+inline void pack_tiles(
+    const S* src, int64_t major, int64_t k, int64_t major_stride, int64_t k_stride, BFloat16* tiles) {
+  for_tiles(0, major, src, major, k, major_stride, k_stride, tiles, 1, [](auto... tile) { pack_tile<left>(tile...); });
 }
 
 // C [16 row_tiles, 16 col_tiles], summed over `depth` tiles of k; B's tiles come in `parts` that share A's.
@@ -164,13 +175,12 @@ struct AmxEngine {
     Right right() const { return {right_, 1}; }
 
    private:
-    static int64_t tiles(int64_t k) { return (k + kTileDepth - 1) / kTileDepth; }
-    BFloat16* left_at(int64_t row, int64_t col) {
-      return left_ + (row / kTileRows * tiles(cols_) + col / kTileDepth) * kTileSize + row % kTileRows * kTileDepth +
+        BFloat16* left_at(int64_t row, int64_t col) {
+      return left_ + (row / kTileRows * depth_of(cols_) + col / kTileDepth) * kTileSize + row % kTileRows * kTileDepth +
              col % kTileDepth;
     }
     BFloat16* right_at(int64_t row, int64_t col) {
-      return right_ + (col / kTileRows * tiles(rows_) + row / kTileDepth) * kTileSize + row % kTileDepth * kTileRows;
+      return right_ + (col / kTileRows * depth_of(rows_) + row / kTileDepth) * kTileSize + row % kTileDepth * kTileRows;
     }
     // Zeros along k where no vector will be put.
     void pad() {
@@ -202,9 +212,6 @@ struct AmxEngine {
     pack_tiles<false>(src, cols, k, col_stride, k_stride, tiles);
     return {tiles, 1};
   }
-  static Right right_padded(const float* src, int64_t k, int64_t cols, int64_t k_stride, float* scratch) {
-    return right(src, k, cols, k_stride, 1, scratch);
-  }
   static Right right_split(
       const BFloat16* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
     return right(src, k, cols, k_stride, col_stride, scratch);
@@ -220,7 +227,7 @@ struct AmxEngine {
   template <bool accumulate>
   static void multiply(int64_t rows, int64_t cols, int64_t k, Left a, Right b, float* c, int64_t ldc) {
     asm volatile("" ::: "memory");  // the tile intrinsics do not tell the compiler what they read
-    const int64_t depth = (k + kTileDepth - 1) / kTileDepth;
+    const int64_t depth = depth_of(k);
     int64_t row = 0;
     for (; row + kTileRows < rows; row += 2 * kTileRows)
       multiply_row<2, accumulate>(cols, depth, a.tiles + row * depth * kTileDepth, b, c + row * ldc, ldc);

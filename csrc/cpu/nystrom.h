@@ -102,22 +102,37 @@ NYSTROMGAN_INLINE void add_scaled(float* y, const float* x, float factor, int64_
   for (; i < n; ++i) y[i] += factor * x[i];
 }
 
+// to [dim] += the sum of rows of x, in registers over all of them.
+template <int vectors, class T>
+NYSTROMGAN_INLINE void add_rows(const T* x, int64_t token, int64_t rows, float* to) {
+  Vec sum[vectors];
+  for (int v = 0; v < vectors; ++v) sum[v] = load(to + v * kLanes);
+  for (int64_t n = 0; n < rows; ++n)
+    for (int v = 0; v < vectors; ++v) sum[v] += load(x + n * token + v * kLanes);
+  for (int v = 0; v < vectors; ++v) store(to + v * kLanes, sum[v]);
+}
+
+template <class T>
+inline void add_rows(const T* x, int64_t token, int64_t channel, int64_t rows, int64_t dim, float* to) {
+  int64_t d = 0;
+  if (channel == 1) {
+    for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_rows<4>(x + d, token, rows, to + d);
+    for (; d + kLanes <= dim; d += kLanes) add_rows<1>(x + d, token, rows, to + d);
+    for (int64_t n = 0; d < dim && n < rows; ++n)
+      store_first(to + d, load_first(to + d, dim - d) + load_first(x + n * token + d, dim - d), dim - d);
+  } else {
+    for (int64_t n = 0; n < rows; ++n)
+      for (d = 0; d < dim; ++d) to[d] += to_float(x[n * token + d * channel]);
+  }
+}
+
 // sums [M, dim] += the tokens [first, first + count) of x, each to its landmark.
 template <class T>
 inline void add_to_landmarks(
     const T* x, int64_t token, int64_t channel, const int32_t* index, int64_t count, int64_t dim, float* sums) {
-  for (int64_t n = 0; n < count; ++n) {
-    if (index[n] < 0) continue;
-    const T* from = x + n * token;
-    float* to = sums + index[n] * dim;
-    if (channel == 1) {
-      const int64_t whole = dim / kLanes * kLanes;
-      for (int64_t d = 0; d < whole; d += kLanes) store(to + d, load(to + d) + load(from + d));
-      if (whole < dim)
-        store_first(to + whole, load_first(to + whole, dim - whole) + load_first(from + whole, dim - whole), dim - whole);
-    } else {
-      for (int64_t d = 0; d < dim; ++d) to[d] += to_float(from[d * channel]);
-    }
+  for (int64_t n = 0, end; n < count; n = end) {
+    for (end = n + 1; end < count && index[end] == index[n];) ++end;
+    if (index[n] >= 0) add_rows(x + n * token, token, channel, end - n, dim, sums + index[n] * dim);
   }
 }
 

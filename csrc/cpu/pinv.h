@@ -6,7 +6,7 @@
 // of the backward finds its right operand in rows, and none is copied.
 #pragma once
 
-#include "matmul.h"
+#include "engine.h"
 #include "../common/types.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
@@ -37,12 +37,57 @@ inline void for_each_matrix(ParallelRun run, int64_t count, int64_t m, Body body
   }
 }
 
+template <class Body>
+inline void shared(ParallelRun team, int64_t tasks, Body body) {
+  if (team == nullptr) body(0, tasks);
+  else parallel(team, tasks, body);
+}
+
+#if defined(__AMX_BF16__)
+// Where tiles take less time than vectors, packing included.
+inline bool suits_tiles(int64_t rows, int64_t cols, int64_t k) { return min(rows, min(cols, k)) >= 96; }
+
+// 128 k at a time: so much of B stays in L2, and of a strip of A in L1.
+template <bool accumulate, class Finish>
+inline void tile_product(
+    ParallelRun team, int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c,
+    int64_t ldc, Finish finish) {
+  constexpr int64_t kBlock = 2 * kTileRows, kBlockK = 128;
+  Scratch scratch(SplitEngine::right_size(k, cols));
+  BFloat16* const right = reinterpret_cast<BFloat16*>(scratch.get());
+  shared(team, (cols + kTileRows - 1) / kTileRows, [&](int64_t begin, int64_t end) {
+    split_tiles<false>(begin, end - begin, b, cols, k, 1, ldb, right);
+  });
+  const int64_t next = depth_of(k) * kParts * kTileSize;
+  shared(team, (rows + kBlock - 1) / kBlock, [&](int64_t begin, int64_t end) {
+    Scratch left(SplitEngine::left_size(kBlock, kBlockK));
+    BFloat16* const strip = reinterpret_cast<BFloat16*>(left.get());
+    const SplitEngine::Session session;
+    const int64_t last = min(end * kBlock, rows);
+    for (int64_t i = 0; i < k; i += kBlockK)
+      for (int64_t r = begin * kBlock; r < last; r += kBlock) {
+        const int64_t count = min(kBlock, last - r), depth = min(kBlockK, k - i), own = depth_of(depth) * kParts * kTileSize;
+        split_tiles<true>(a.data + r * a.row_stride + i * a.k_stride, count, depth, a.row_stride, a.k_stride, strip);
+        const BFloat16* part = right + i / kTileDepth * kParts * kTileSize;
+        if (accumulate || i > 0)
+          multiply_split<true>(count, cols, depth, strip, part, own, next, c + r * ldc, ldc);
+        else
+          multiply_split<false>(count, cols, depth, strip, part, own, next, c + r * ldc, ldc);
+        if (i + kBlockK >= k) finish(r, count);
+      }
+  });
+}
+#endif
+
 // C = A B or C += A B, shared by a team of threads when there is one; then finish(first, rows) on each thread's rows, while
 // they are in its cache. Blocks of 128 k keep a panel of B in L1.
 template <bool accumulate, class Finish>
 inline void product(
     ParallelRun team, int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c,
     int64_t ldc, Finish finish) {
+#if defined(__AMX_BF16__)
+  if (suits_tiles(rows, cols, k)) return tile_product<accumulate>(team, rows, cols, k, a, b, ldb, c, ldc, finish);
+#endif
   constexpr int64_t kBlockRows = 12, kBlockK = 128;
   auto part = [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlockRows, count = min(end * kBlockRows, rows) - first;
@@ -56,9 +101,7 @@ inline void product(
     }
     finish(first, count);
   };
-  const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  if (team == nullptr) part(0, blocks);
-  else parallel(team, blocks, part);
+  shared(team, (rows + kBlockRows - 1) / kBlockRows, part);
 }
 
 template <bool accumulate>

@@ -31,7 +31,7 @@ struct Head {
 
 template <class T>
 struct Operands {
-  using E = Engine<T>;
+  using E = ReuseEngine<T>;
   using Left = typename E::Left;
   using Right = typename E::Right;
 
@@ -107,7 +107,7 @@ void scale_columns(float* x, int64_t rows, int64_t queries, const float* factor)
 
 template <class T>
 struct ForwardScratch {
-  using E = Engine<T>;
+  using E = ReuseEngine<T>;
   Scratch logits, sums, query, key, value, weights, residual;
 
   explicit ForwardScratch(const AttentionForward& call)
@@ -155,7 +155,7 @@ void finish_block(
 
 template <class T>
 void forward_block(const AttentionForward& call, int64_t b, int64_t h, int64_t first, ForwardScratch<T>& scratch) {
-  using E = Engine<T>;
+  using E = ReuseEngine<T>;
   const Head<T> query(call.query, b, h), key(call.key, b, h), value(call.value, b, h);
   const int64_t queries = min(kQueries, call.queries - first);
   const int64_t channels = call.channels, value_channels = call.value_channels;
@@ -188,7 +188,7 @@ void forward(const AttentionForward& call) {
   const int64_t blocks = (call.queries + kQueries - 1) / kQueries;
   parallel(call.run, call.batch * call.heads * blocks, [&](int64_t begin, int64_t end) {
     ForwardScratch<T> scratch(call);
-    typename Engine<T>::Session session;
+    typename ReuseEngine<T>::Session session;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / blocks;
       forward_block(call, head / call.heads, head % call.heads, task % blocks * kQueries, scratch);
@@ -207,7 +207,7 @@ int64_t keys_of_split(const AttentionBackward& call) {
 
 template <class T>
 struct BackwardScratch {
-  using E = Engine<T>;
+  using E = ReuseEngine<T>;
   int64_t split;
   Scratch key_rows, key_columns, value_rows;                        // the split's operands, by block of keys
   Scratch grad_key, grad_value;                                     // [split, C] and [split, E]
@@ -300,7 +300,7 @@ template <class T>
 void backward_split(
     const AttentionBackward& call, int64_t b, int64_t h, int64_t first_key, const float* all_deltas, float* part,
     BackwardScratch<T>& scratch) {
-  using E = Engine<T>;
+  using E = ReuseEngine<T>;
   using Left = typename E::Left;
   constexpr int64_t kBlocks = 4;
   const Head<T> query(call.query, b, h), key(call.key, b, h), value(call.value, b, h), grad(call.grad_output, b, h);
@@ -379,14 +379,14 @@ void backward(const AttentionBackward& call) {
   dot_all<T>(call, delta);
 
   const int64_t split = keys_of_split(call), splits = (call.keys + split - 1) / split;
-  const int64_t block_size = round_up(call.channels, Engine<T>::kRowPad) * kQueries, part_size = blocks * block_size;
+  const int64_t block_size = round_up(call.channels, ReuseEngine<T>::kRowPad) * kQueries, part_size = blocks * block_size;
   const int64_t heads_at_once = min(heads, max(1, kTasksAtOnce / splits));
   Scratch parts(heads_at_once * splits * part_size);
   for (int64_t first_head = 0; first_head < heads; first_head += heads_at_once) {
     const int64_t some = min(heads_at_once, heads - first_head);
     parallel(call.run, some * splits, [&](int64_t begin, int64_t end) {
       BackwardScratch<T> scratch(call);
-      typename Engine<T>::Session session;
+      typename ReuseEngine<T>::Session session;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t head = first_head + task / splits, b = head / call.heads, first_key = task % splits * split;
         float* part = parts + task * part_size;
