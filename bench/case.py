@@ -28,7 +28,8 @@ class Peer(NamedTuple):
         make: gives the form.
         definition: in float64, where the peer computes another function than ours.
         coupled: whether heads and samples change each other's results, so that no part can be checked alone.
-        compiled: whether it gains rows under torch.compile.
+        compiled: whether it gains a row under torch.compile.
+        tuned: and one under torch.compile with max-autotune.
         needs_compile: whether it is nothing without torch.compile, and so left out where that is.
         modes: those that it can run.
         flops, stored_bytes: of one forward, where they grow with N x N: a call that would take or store too much is
@@ -39,6 +40,7 @@ class Peer(NamedTuple):
     definition: Form | None = None
     coupled: bool = False
     compiled: bool = False
+    tuned: bool = False
     needs_compile: bool = False
     modes: Sequence[str] = MODES
     flops: float = 0.0

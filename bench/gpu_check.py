@@ -24,7 +24,7 @@ from nystromgan.bench import gpu_checks, gpu_stages, gpu_tuning, machine
 from nystromgan.bench.case import BY, OURS
 
 STAGES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
-    "tests": gpu_stages.test_rows,
+    "tests": gpu_stages.op_test_rows,
     "correctness": gpu_checks.rows,
     "tuning": gpu_tuning.rows,
     "speed": gpu_stages.speed_rows,

@@ -8,16 +8,19 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from nystromgan import _backend
 from nystromgan.bench import machine, measure, runner
-from nystromgan.bench.case import OURS, Case
+from nystromgan.bench.case import MODES, OURS, Case
 from nystromgan.bench.cases import cases
 
 Row = dict[str, Any]
 ROOT = pathlib.Path(__file__).parents[1]
-TIME = measure.Effort(0.4, 3, 15)
+TIME = measure.Effort(0.4, 3, 15, 1.0)
 
 
-def test_rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path) -> Iterator[Row]:
+def op_test_rows(
+    device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path
+) -> Iterator[Row]:
     """A row a file of tests/ops, whose tests run each backend on its own device; `wrong` where one fails."""
     paths = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
     if not paths:
@@ -60,14 +63,17 @@ def speed_rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, 
 
 
 def _tiny() -> list[Case]:
-    """One small case an op, for the interpreter."""
-    found = {case.op: case for case in reversed(cases("cpu")) if case.dtype == "fp32" and case.op != "modules"}
+    """One small case an op, for the interpreter, whose backward takes seconds: forward, beside the first peer."""
+    found = {
+        case.op: case for case in reversed(cases("cpu")) if case.dtype == "fp32" and case.op in _backend.IMPLEMENTED
+    }
     return [
         case._replace(
-            shape={**case.small, "H": 1} if "H" in case.small else case.small, peers=dict(list(case.peers.items())[:1])
+            shape={**case.small, "H": 1} if "H" in case.small else case.small,
+            peers=dict(list(case.peers.items())[:1]), modes=MODES[:1],
         )
         for case in found.values()
-    ]
+    ]  # fmt: skip
 
 
 def summary(rows: list[Row]) -> list[str]:

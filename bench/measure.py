@@ -17,20 +17,20 @@ from nystromgan.bench import clock
 from nystromgan.bench.case import BY, COMPILED, MODES, OURS, TUNED, Case, Form, Inputs, Peer, Shape
 
 Row = dict[str, Any]
-LIMIT_S = {"cpu": 3.0, "cuda": 1.0}  # a form that should take longer is left out
 LIMIT_BYTES = {"cpu": 4 * 2**30, "cuda": 24 * 2**30}  # of N x N weights
 EVERY_ROUND = 1.8  # forms slower than this times the fastest peer are timed in the first two rounds only
 
 
 class Effort(NamedTuple):
-    """How long to repeat one case in one mode."""
+    """How long to repeat one case in one mode; a form that should take longer than the limit is left out."""
 
     budget_s: float
     least_rounds: int
     most_rounds: int
+    limit_s: float = 3.0
 
 
-QUICK, THOROUGH = Effort(0.6, 3, 7), Effort(2.0, 5, 21)
+QUICK, THOROUGH = Effort(0.6, 3, 7, 0.7), Effort(1.5, 5, 21)
 
 
 class Plan(NamedTuple):
@@ -49,7 +49,7 @@ def forms_of(case: Case, compiled: bool) -> list[str]:
     for name, peer in case.peers.items():
         names += [name] if compiled or not peer.needs_compile else []
         if compiled and case.compiled_in_full and peer.compiled:
-            names += [name + suffix for suffix in (COMPILED, TUNED)]
+            names += [name + COMPILED] + ([name + TUNED] if peer.tuned else [])
     return names
 
 
@@ -93,8 +93,8 @@ def call_of(form: Form, inputs: Inputs, mode: str, training: bool) -> Callable[[
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     if mode == MODES[0]:
         return lambda: form(**leaves)
-    with torch.no_grad():
-        directions = [_direction(x) for x in _as_list(form(**leaves))]
+    # With gradients, as it will be called: torch.compile would otherwise compile twice.
+    directions = [_direction(x.detach()) for x in _as_list(form(**leaves))]
     return lambda: torch.autograd.grad(_as_list(form(**leaves)), list(leaves.values()), directions)
 
 
@@ -112,7 +112,7 @@ def why_not(case: Case, form: str, mode: str, plan: Plan) -> str | None:
     # Measured: the share of the rate of products that fused attention reaches; both passes take 3.5 to 6 forwards.
     share = 0.6 if case.dtype == "fp32" else 0.3
     seconds = peer.flops / (share * _gemm_rate(plan.rates, case.dtype)) * (1 if mode == MODES[0] else 5)
-    if seconds > LIMIT_S[plan.device]:
+    if seconds > plan.effort.limit_s:
         return f"a call would take about {seconds:.0f} s"
     stored = peer.stored_bytes * (1 if mode == MODES[0] else 3)
     if stored > LIMIT_BYTES[plan.device]:
@@ -191,7 +191,8 @@ def _first_head(tensor: Tensor) -> Tensor:
 def results(function: Form, inputs: Inputs, mode: str) -> list[list[Tensor]]:
     """The outputs and, in a backward mode, the gradients along the fixed direction."""
     leaves = {name: x.detach().requires_grad_(mode != MODES[0]) for name, x in inputs.items()}
-    outputs = _as_list(function(**leaves))
+    with torch.set_grad_enabled(mode != MODES[0]):
+        outputs = _as_list(function(**leaves))
     if mode == MODES[0]:
         return [[x.detach() for x in outputs]]
     directions = [_direction(x) for x in outputs]
@@ -243,9 +244,9 @@ def rows(case: Case, mode: str, plan: Plan) -> list[Row]:
     found = {form: _row(case, form, mode) for form in forms}
     calls: dict[str, Sequence[clock.Call]] = {}
     for form, row in found.items():
-        function = _gated(case, form, row, exact, sets, plan)
-        if function is not None:
-            calls[form] = [call_of(function, inputs, mode, case.training) for inputs in sets]
+        gated = _gated(case, form, row, exact, sets, plan)
+        if gated:
+            calls[form] = gated
     samples = interleaved(calls, timer, plan.effort)
     for form, times in samples.items():
         found[form] |= summary(times, samples.get(OURS, []))
@@ -263,24 +264,26 @@ def _row(case: Case, form: str, mode: str) -> Row:
     return row | {"mode": mode, "form": form} | ({"other": True} if other_function(case, form) else {})
 
 
-def _gated(case: Case, form: str, row: Row, exact: Exact, sets: Sequence[Inputs], plan: Plan) -> Form | None:
-    """The form if it can run and is right; else the row says why there is no time."""
+def _gated(case: Case, form: str, row: Row, exact: Exact, sets: Sequence[Inputs], plan: Plan) -> list[clock.Call]:
+    """The calls of a form that can run and is right, one on each set; else none, and the row says why."""
     reason = why_not(case, form, exact.mode, plan)
     if reason is not None:
         row["not_run"] = reason
-        return None
+        return []
     try:
         function = function_of(case, form, plan.backend)
         row["errors"] = errors(case, form, function, sets[0], exact)
+        calls = [call_of(function, inputs, exact.mode, case.training) for inputs in sets]
+        calls[0]()  # compiles what the gate has not
     except Exception as error:  # a peer that refuses a shape, and a compiler that fails, are rows of the report
         row["wrong" if peer_of(case, form) is None else "not_run"] = (
             f"{type(error).__name__}: {str(error).strip()[:160]}"
         )
-        return None
+        return []
     if wrong(case, row["errors"]):
         row["wrong"] = True
-        return None
-    return function
+        return []
+    return calls
 
 
 def wrong(case: Case, found: dict[str, float]) -> bool:

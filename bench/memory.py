@@ -23,9 +23,9 @@ Key = tuple[str, str, str]  # case, form, mode
 
 
 def add(rows: Iterable[measure.Row], device: str, every_form: bool, progress: Callable[[str], None]) -> None:
-    """Adds peak_bytes to every row that has a time, or to ours and the fastest peer's of each case and mode."""
+    """Adds peak_bytes to the rows that have a time, or to ours and the fastest peer's of each case and mode."""
     timed = [row for row in rows if "median_ms" in row]
-    chosen = timed if every_form else [row for row in timed if _decides(row, timed)]
+    chosen = _chosen(timed, every_form)
     keys = [(row["case"], row["form"], row["mode"]) for row in chosen]
     for row, peak in zip(chosen, on_gpu(keys) if device == "cuda" else on_cpu(keys), strict=True):
         row["peak_bytes"] = peak
@@ -35,7 +35,14 @@ def add(rows: Iterable[measure.Row], device: str, every_form: bool, progress: Ca
 def steps(rows: Iterable[measure.Row], every_form: bool) -> int:
     """How often `add` reports progress."""
     timed = [row for row in rows if "median_ms" in row]
-    return len(timed) if every_form else sum(_decides(row, timed) for row in timed)
+    return len(_chosen(timed, every_form))
+
+
+def _chosen(timed: Sequence[measure.Row], every_form: bool) -> list[measure.Row]:
+    """Rows to measure; of compiled forms, which compile again for it, only the fastest peers."""
+    return [
+        row for row in timed if _decides(row, timed) or (every_form and not row["form"].endswith((COMPILED, TUNED)))
+    ]
 
 
 def _decides(row: measure.Row, timed: Sequence[measure.Row]) -> bool:

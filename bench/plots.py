@@ -94,11 +94,14 @@ def _logarithmic(ax: Any, across: str, up: str) -> None:
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 and tokens else f"{value:g}")
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    ax.xaxis.set_minor_locator(ticker.NullLocator())
+    if tokens:
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+    else:
+        ax.xaxis.set_minor_formatter(_twos_and_fives)
     if ax.get_ylim()[1] > 30 * ax.get_ylim()[0]:
         ax.yaxis.set_minor_locator(ticker.NullLocator())
     else:  # within one decade ten's powers alone would leave the axis bare
-        ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if str(f"{value:e}")[0] in "25" else "")
+        ax.yaxis.set_minor_formatter(_twos_and_fives)
     ax.set_xlabel(across)
     ax.set_ylabel(up)
     ax.grid(alpha=0.25, color=INK)
@@ -108,6 +111,10 @@ def _logarithmic(ax: Any, across: str, up: str) -> None:
     for side, spine in ax.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(INK)
+
+
+def _twos_and_fives(value: float, _: int) -> str:
+    return f"{value:g}" if f"{value:e}"[0] in "25" else ""
 
 
 def _figure(draw: Draw) -> Figure:

@@ -3,6 +3,7 @@
 import argparse
 import html
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from nystromgan.bench.sections import Section, Table
 
 START, END = "<!-- bench: written by make bench-docs -->", "<!-- /bench -->"
 README_MACHINE = "cpu-2core-sapphire-rapids"
+NUMBER = r"–|[\d.,e-]+[x%]?( \(noisy\))?( to [\d.,]+)?( \([\d.]+ to [\d.]+\))?"
 TITLE = "Landmark attention, measured"
 INTRODUCTION = (
     "Our kernels beside the best that torch and other libraries do, in one run on one machine. A result that is wrong "
@@ -176,7 +178,7 @@ def _legend(section: Section, records: dict[str, store.Record]) -> str:
 
 
 def _html_table(table: Table) -> str:
-    numeric = [any(_is_number(cells[i]) for cells in table[1:]) for i in range(len(table[0]))]
+    numeric = [i > 0 and any(_is_number(cells[i]) for cells in table[1:]) for i in range(len(table[0]))]
     head = "".join(
         f"<th{' class=n' if right else ''}>{html.escape(cell)}</th>"
         for cell, right in zip(table[0], numeric, strict=True)
@@ -197,4 +199,4 @@ def _cells(contents: Iterable[str]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell[:1].isdigit() or cell == "–"
+    return re.fullmatch(NUMBER, cell) is not None
