@@ -78,7 +78,7 @@ def function_of(case: Case, form: str, backend: str = "auto") -> Form:
     if form.endswith(COMPILED):
         return torch.compile(made, dynamic=False)
     if form.endswith(TUNED):
-        return torch.compile(made, dynamic=False, options={"max_autotune": True, "autotune_num_choices_displayed": 0})
+        return torch.compile(made, dynamic=False, mode="max-autotune-no-cudagraphs")
     return made
 
 
@@ -276,9 +276,8 @@ def _gated(case: Case, form: str, row: Row, exact: Exact, sets: Sequence[Inputs]
         calls = [call_of(function, inputs, exact.mode, case.training) for inputs in sets]
         calls[0]()  # compiles what the gate has not
     except Exception as error:  # a peer that refuses a shape, and a compiler that fails, are rows of the report
-        row["wrong" if peer_of(case, form) is None else "not_run"] = (
-            f"{type(error).__name__}: {str(error).strip()[:160]}"
-        )
+        message = " ".join(str(error).split())[:160]
+        row["wrong" if peer_of(case, form) is None else "not_run"] = f"{type(error).__name__}: {message}"
         return []
     if wrong(case, row["errors"]):
         row["wrong"] = True
