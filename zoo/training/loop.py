@@ -205,9 +205,11 @@ class Loop:
         others = {p for turns in self.turns.values() for p in turns.parameters} - set(parameters)
         for parameter in others:
             parameter.requires_grad_(False)
-        yield
-        for parameter in others:
-            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     def _turn(self, name: str, turns: Turns, turn: int, pieces: list[Any], logs: dict[str, list[Tensor]]) -> None:
         turns.optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ recipe.toml (resolved), log.jsonl, events.* (TensorBoard), samples/step-*.png, s
 from), model/ (a checkpoint to load and sample from).
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -32,7 +33,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._locked()
         storage.sweep(self.path)
-        self._log: IO[str] | None = None
+        self._log: IO[bytes] | None = None
         self._events: EventsWriter | None = None
 
     def _locked(self) -> IO[str]:
@@ -60,16 +61,20 @@ class RunFolder:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) <= after]
             storage.write(path, "".join(f"{line}\n" for line in kept).encode())
-        self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._log = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._events = EventsWriter(str(self.path / "events"))
         self._event(Event(step=after, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises OSError, with the file's name, where the disk is full."""
         assert self._log is not None
-        self._log.write(json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n")
-        self._log.flush()
-        for name, value in values.items():
-            self._event(Event(step=step, summary=summary.scalar(name, value)))
+        line = json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n"
+        try:
+            self._log.write(line.encode())
+            for name, value in values.items():
+                self._event(Event(step=step, summary=summary.scalar(name, value)))
+        except OSError as error:
+            raise OSError(f"the logs in {self.path} could not be written: {error.strerror}") from error
 
     def sheet(self, step: int, image: numpy.ndarray, png: bytes) -> None:
         """A sample sheet: (H, W, C) uint8, and the same as PNG."""
@@ -88,7 +93,8 @@ class RunFolder:
         if self._log is not None:
             self._log.close()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # what a full disk refused before, it refuses again
+                self._events.close()
         self._lock.close()
 
 
