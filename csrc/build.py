@@ -5,9 +5,11 @@ and every torch >= 2.10. Bindings are compiled once with torch's headers; each f
 for every instruction set; each file of cuda/kernels by nvcc, or as C++ where a CPU is to emulate them.
 """
 
+import functools
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -60,15 +62,24 @@ def torch_folder() -> pathlib.Path | None:
     return pathlib.Path(spec.origin).parent if spec and spec.origin else None
 
 
+@functools.cache
+def newest_part(path: pathlib.Path) -> float:
+    """When a file of csrc, or what it includes of csrc, was last changed."""
+    names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+    places = [[folder / name for folder in (path.parent, CPU, CUDA)] for name in names]
+    parts = [next(place for place in candidates if place.exists()).resolve() for candidates in places]
+    return max(path.stat().st_mtime, *map(newest_part, parts), 0.0)
+
+
 def compile_file(job: Job) -> None:
-    """Makes one file, unless it is newer than its source and every header and came from the same command.
+    """Makes one file, unless it is newer than its source and what that includes, and came from the same command.
 
     What the compiler said lies beside it: of every kernel nvcc counts the registers.
     """
     command, target = [*job.command, str(job.source)], job.target
     note, log = (target.with_suffix(suffix) for suffix in (".cmd", ".log"))
-    newest = max(path.stat().st_mtime for path in [job.source, *(ROOT / "csrc").rglob("*.h")])
-    if target.exists() and target.stat().st_mtime > newest and note.exists() and note.read_text() == str(command):
+    made = target.stat().st_mtime if target.exists() and note.exists() and note.read_text() == str(command) else 0.0
+    if made > newest_part(job.source):
         return
     fresh = target.with_suffix(f".{os.getpid()}")
     done = subprocess.run([*command, "-o", str(fresh)], stderr=subprocess.PIPE, text=True)

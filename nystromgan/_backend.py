@@ -17,8 +17,8 @@ BACKENDS = ("cuda", "triton", "cpu", "reference")
 # The backends that implement each op, in the order in which `auto` tries them: the measured winner first, and `cuda`,
 # which has not run on a GPU yet, after `triton`.
 IMPLEMENTED: dict[str, tuple[str, ...]] = {
-    "nystrom_attention": ("cpu", "triton", "reference"),
-    "spatiotemporal_attention": ("cpu", "triton", "reference"),
+    "nystrom_attention": ("cpu", "triton", "cuda", "reference"),
+    "spatiotemporal_attention": ("cpu", "triton", "cuda", "reference"),
     "iterative_pinv": ("cpu", "triton", "cuda", "reference"),
     "power_iteration": ("cpu", "triton", "cuda", "reference"),
 }

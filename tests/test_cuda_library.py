@@ -13,14 +13,24 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from nystromgan import UnsupportedError, _backend, _native, iterative_pinv, power_iteration
+from nystromgan import (
+    UnsupportedError,
+    _backend,
+    _native,
+    iterative_pinv,
+    nystrom_attention,
+    power_iteration,
+    spatiotemporal_attention,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "native"
 ARCHITECTURES = ("sm_80", "sm_90a")
 LOGS = sorted(path.with_suffix(".log") for path in FOLDER.glob("*.fatbin"))
 OPS = {
+    "nystrom_attention": ("nystrom_attention", "nystrom_attention_backward", "cluster_landmarks"),
     "iterative_pinv": ("iterative_pinv", "iterative_pinv_backward"),
+    "spatiotemporal_attention": ("spatiotemporal_attention", "spatiotemporal_attention_backward"),
     "power_iteration": ("power_iteration", "spectral_normalize"),
 }
 built = pytest.mark.skipif(not (FOLDER / _native.CUDA_LIBRARY).exists(), reason="the CUDA library is not built")
@@ -124,3 +134,22 @@ class TestFakeTensors:
             assert power_iteration([weight, weight], [u, u], [v, v], backend="cuda").shape == (2,)
             with pytest.raises(UnsupportedError, match="needs tensors on cuda, got one on cpu"):
                 power_iteration(weight, u, torch.empty(5), backend="cuda")
+
+    def test_spatiotemporal_attention(self) -> None:
+        with FakeTensorMode():
+            query, value = torch.empty(2, 8, 4, 5, device="cuda"), torch.empty(2, 6, 3, 3, device="cuda")
+            key = torch.empty(2, 8, 3, 3, device="cuda")
+            assert spatiotemporal_attention(query, key, value, backend="cuda").shape == (2, 6, 4, 5)
+            wide = torch.empty(1, 257, 4, 5, device="cuda")
+            with pytest.raises(UnsupportedError, match="takes up to 256 channels a head, got 257"):
+                spatiotemporal_attention(wide, wide, wide, backend="cuda")
+
+    def test_nystrom_attention(self) -> None:
+        with FakeTensorMode():
+            query, key = torch.empty(1, 2, 70, 8, device="cuda"), torch.empty(1, 2, 50, 8, device="cuda")
+            value = torch.empty(1, 2, 50, 6, device="cuda")
+            options = {"num_landmarks": 5, "cluster_iterations": 2, "backend": "cuda"}
+            assert nystrom_attention(query, key, value, **options).shape == (1, 2, 70, 6)
+            long = torch.empty(1, 1, 1000, 8, device="cuda")
+            with pytest.raises(UnsupportedError, match="takes up to 512 landmarks, got 513"):
+                nystrom_attention(long, long, long, num_landmarks=513, backend="cuda")

@@ -98,7 +98,16 @@ inline Half from_float<Half>(float x) {
   return half;
 }
 
+// Two numbers in the halves of a register, the first in the low one.
+template <class T>
+inline uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
+}
+
 inline uint32_t tf32_of(float x) { return (bits_of(x) + 0x1000) & 0xffffe000; }
+
+// Adds to a counter in shared memory, whichever thread comes first: only of integers does that give the same bits.
+inline void add_to_counter(int* counter, int x) { *counter += x; }
 
 inline float shuffle_xor(float x, int mask) {
   struct Operand {
@@ -244,11 +253,25 @@ DEVICE T from_float(float x) {
   return y;
 }
 
+// Two numbers in the halves of a register, the first in the low one.
+template <class T>
+DEVICE uint32_t pack(float low, float high) {
+  uint32_t pair;
+  if constexpr (__is_same(T, BFloat16))
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 DEVICE uint32_t tf32_of(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
+
+// Adds to a counter in shared memory, whichever thread comes first: only of integers does that give the same bits.
+DEVICE void add_to_counter(int* counter, int x) { atomicAdd(counter, x); }
 
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 

@@ -11,12 +11,12 @@ constexpr int kTileFloats = kTile * kDepthStride > kTileDepth * kTileStride ? kT
                                                                             : kTileDepth * kTileStride;
 constexpr int kMatmulSharedBytes = 2 * kTileStages * kTileFloats * 4;
 
-// A matrix in memory or its transpose: whole rows in memory start at multiples of 16 bytes.
+// A matrix in memory or its transpose; read 16 bytes at a time where every row starts at a multiple of them.
 template <bool TRANSPOSED>
 struct Source {
   const float* data;
   int rows, columns;  // as it is read, transposed or not
-  int stride;         // from one row in memory to the next, a multiple of 4
+  int stride;         // from one row in memory to the next
 };
 
 // Copies rows [row, row + ROWS) and columns [column, column + COLUMNS) as they lie in memory, zeros outside.
@@ -25,11 +25,20 @@ DEVICE void copy_panel(float* target, const Source<TRANSPOSED>& x, int row, int 
   constexpr int kHigh = TRANSPOSED ? COLUMNS : ROWS, kWide = TRANSPOSED ? ROWS : COLUMNS, kChunks = kWide / 4;
   const int first_high = TRANSPOSED ? column : row, first_wide = TRANSPOSED ? row : column;
   const int high_end = TRANSPOSED ? x.columns : x.rows, wide_end = TRANSPOSED ? x.rows : x.columns;
+  if (x.stride % 4 || reinterpret_cast<uintptr_t>(x.data) % 16) {
+    for (int i = thread_index(); i < kHigh * kWide; i += kTileThreads) {
+      const int high = i / kWide, wide = i % kWide;
+      const bool inside = first_high + high < high_end && first_wide + wide < wide_end;
+      const int64_t offset = static_cast<int64_t>(first_high + high) * x.stride + first_wide + wide;
+      target[high * (kWide + 4) + wide] = inside ? x.data[offset] : 0.0f;
+    }
+    return;
+  }
   for (int i = thread_index(); i < kHigh * kChunks; i += kTileThreads) {
     const int high = i / kChunks, wide = i % kChunks * 4;
     const int left = first_high + high < high_end ? minimum(wide_end - first_wide - wide, 4) : 0;
-    const float* source = left > 0 ? x.data + static_cast<int64_t>(first_high + high) * x.stride + first_wide + wide : x.data;
-    copy_async(target + high * (kWide + 4) + wide, source, left > 0 ? 4 * left : 0);
+    const int64_t offset = static_cast<int64_t>(first_high + high) * x.stride + first_wide + wide;
+    copy_async(target + high * (kWide + 4) + wide, left > 0 ? x.data + offset : x.data, left > 0 ? 4 * left : 0);
   }
 }
 
@@ -42,7 +51,8 @@ DEVICE int part_row() { return warp_index() / 2 * 32; }
 DEVICE int part_column() { return warp_index() % 2 * 32; }
 
 template <bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
-DEVICE void multiply_tile(TilePart& c, const Source<LEFT_TRANSPOSED>& a, const Source<RIGHT_TRANSPOSED>& b, int row, int column) {
+DEVICE void multiply_tile(TilePart& c, const Source<LEFT_TRANSPOSED>& a, const Source<RIGHT_TRANSPOSED>& b, int row,
+                          int column) {
   float* s_a = reinterpret_cast<float*>(shared_memory());
   float* s_b = s_a + kTileStages * kTileFloats;
   const int steps = ceil_div(a.columns, kTileDepth);

@@ -3,20 +3,31 @@
 The library takes the place of the CPU's, so the tests run in a process of their own and name the backend `cpu`.
 """
 
+import functools
 import os
 import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from nystromgan import _env, iterative_pinv, power_iteration
+from nystromgan import _env, iterative_pinv, nystrom_attention, power_iteration, spatiotemporal_attention
 from nystromgan.ops.power_iteration import spectral_normalize
-from nystromgan.testing import assert_matches_reference, normal, relative_error
+from nystromgan.testing import (
+    assert_matches_reference,
+    attention_inputs,
+    map_inputs,
+    normal,
+    padding_mask,
+    relative_error,
+    smooth,
+)
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = ROOT / "build" / "emulation"
 BACKEND = "cpu"
@@ -34,12 +45,24 @@ if _env.native_library_dir() != str(FOLDER):
 
 else:
 
+    def assert_same_in_any_order(
+        monkeypatch: pytest.MonkeyPatch, function: Callable, inputs: dict[str, Tensor]
+    ) -> None:
+        """The bits of a result and its gradients, whichever thread runs first: a missing barrier shows."""
+        leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+        results = []
+        for order in ("forward", "reverse"):
+            monkeypatch.setenv("NYSTROMGAN_EMULATION_ORDER", order)
+            output = function(**leaves)
+            results.append([output, *torch.autograd.grad(output.float().square().sum(), list(leaves.values()))])
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
     def matrices(*shape: int) -> Tensor:
         """Matrices of which no two rows or columns have the same sum: a maximum's gradient has one place to go."""
         return normal(*shape, seed=5).abs()
 
     class TestIterativePinv:
-        @pytest.mark.parametrize("size", [1, 17, 40, 66])
+        @pytest.mark.parametrize("size", [1, 17, 40])
         @pytest.mark.parametrize("init", ["per_matrix", "global_max"])
         def test_sizes(self, size: int, init: str) -> None:
             inputs = {"matrix": matrices(2, size, size).mT}
@@ -68,20 +91,14 @@ else:
 
         @pytest.mark.parametrize("size", [20, 66])
         def test_the_order_of_threads_does_not_matter(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-            results = []
-            for order in ("forward", "reverse"):
-                monkeypatch.setenv("NYSTROMGAN_EMULATION_ORDER", order)
-                matrix = matrices(1, size, size).requires_grad_()
-                inverse = iterative_pinv(matrix, iterations=1, backend=BACKEND)
-                results += [inverse.detach(), *torch.autograd.grad(inverse.square().sum(), matrix)]
-            assert torch.equal(results[0], results[2])
-            assert torch.equal(results[1], results[3])
+            function = functools.partial(iterative_pinv, iterations=1, backend=BACKEND)
+            assert_same_in_any_order(monkeypatch, function, {"matrix": matrices(1, size, size)})
 
     class TestPowerIteration:
         SHAPES = ((5, 3), (64, 27), (33, 40), (3, 1100), (1, 1), (150, 16))
 
         def problem(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-            """Weights of many shapes, one of them transposed; vectors of another dtype than most weights, some strided."""
+            """Weights of many shapes, one of them transposed; float32 vectors, some of them strided."""
             weights = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(self.SHAPES)]
             weights.append(normal(24, 17, dtype=torch.float16, seed=7).mT)
             u = [normal(2 * len(x), seed=20 + i)[::2] for i, x in enumerate(weights)]
@@ -107,3 +124,117 @@ else:
             together = power_iteration(weights, u, v, backend=BACKEND)
             last = power_iteration(weights[-1], torch.ones(4), torch.ones(3), backend=BACKEND)
             assert torch.equal(together[-1:], last)
+
+    MAPS = (
+        ((3, 5), (3, 5), 4, 32, 1),
+        ((7, 11), (3, 3), 24, 40, 2),
+        ((67,), (33,), 32, 128, 1),
+        ((40,), (70,), 70, 200, 1),
+    )
+
+    class TestSpatiotemporalAttention:
+        @pytest.mark.parametrize("dtype", DTYPES)
+        @pytest.mark.parametrize(("grid", "key_grid", "channels", "values", "heads"), MAPS)
+        def test_sizes(self, grid, key_grid, channels, values, heads, dtype) -> None:
+            inputs = map_inputs(1, channels, grid, key_grid, values, dtype=dtype)
+            assert_matches_reference(spatiotemporal_attention, inputs, BACKEND, num_heads=heads)
+
+        def test_aligned_maps_are_copied_16_bytes_at_once(self) -> None:
+            inputs = map_inputs(1, 16, (8, 16), None, 64, dtype=torch.bfloat16)
+            assert_matches_reference(spatiotemporal_attention, inputs, BACKEND)
+
+        def test_gamma_and_residual(self) -> None:
+            inputs = map_inputs(2, 6, (4, 5), None, 4)
+            inputs |= {"gamma": normal(1), "residual": normal(2, 4, 4, 5, seed=7)}
+            assert_matches_reference(spatiotemporal_attention, inputs, BACKEND)
+
+        @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+        def test_masked_tokens(self, dtype: torch.dtype) -> None:
+            """Exact attention of tokens; a row of the batch has no key at all, and what is masked is NaN."""
+            inputs = attention_inputs(2, 2, 30, 37, 8, 6, dtype=dtype)
+            mask = padding_mask([23, 0], 37, scattered=True)
+            options = {"num_landmarks": 30, "key_padding_mask": mask}
+            assert_matches_reference(nystrom_attention, inputs, BACKEND, **options)
+            clean = nystrom_attention(**inputs, **options, backend=BACKEND)
+            for name in ("key", "value"):
+                inputs[name] = inputs[name].masked_fill(mask[:, None, :, None], torch.nan)
+            assert torch.equal(nystrom_attention(**inputs, **options, backend=BACKEND), clean)
+
+        def test_the_order_of_threads_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            function = functools.partial(spatiotemporal_attention, backend=BACKEND)
+            assert_same_in_any_order(monkeypatch, function, map_inputs(1, 8, (8, 10), None, 8, dtype=torch.bfloat16))
+
+    def given(dtype: torch.dtype) -> dict[str, Tensor]:
+        return {
+            f"{name}_landmarks": normal(2, 2, 5, 16, seed=9 + i, dtype=dtype) for i, name in enumerate(("query", "key"))
+        }
+
+    # name: (sizes of attention_inputs, other options, dtypes)
+    HALF = torch.bfloat16
+    NYSTROM: dict[str, tuple[dict[str, object], dict[str, object], tuple[torch.dtype, ...]]] = {
+        "segments": ({"batch": 1}, {"num_landmarks": 8}, DTYPES),
+        "cross": (
+            {"batch": 1, "queries": 300, "keys": 211, "head_dim": 8, "value_dim": 40, "tokens": smooth},
+            {"num_landmarks": 16, "pinv_iterations": 2},
+            DTYPES,
+        ),
+        "wide": (
+            {"batch": 1, "queries": 70, "keys": 90, "head_dim": 20, "value_dim": 70},
+            {"num_landmarks": 9, "pinv_iterations": 2},
+            (torch.float32, HALF),
+        ),
+        "grid": (
+            {"heads": 1, "queries": 60},
+            {"num_landmarks": 4, "grid": (5, 12), "pinv_iterations": 2},
+            (torch.float32,),
+        ),
+        "global": ({}, {"num_landmarks": 8, "pinv_init": "global_max", "pinv_iterations": 2}, (torch.float32,)),
+        "many": (
+            {"batch": 1, "heads": 1, "queries": 150, "tokens": smooth},
+            {"num_landmarks": 70, "pinv_iterations": 1},
+            (torch.float32, HALF),
+        ),
+        "padded": (
+            {"batch": 3, "heads": 1},
+            {
+                "num_landmarks": 8,
+                "key_padding_mask": padding_mask([50, 3, 0], 67, scattered=True),
+                "pinv_iterations": 2,
+            },
+            DTYPES,
+        ),
+        "clustered": (
+            {"batch": 1, "heads": 1},
+            {"num_landmarks": 8, "cluster_iterations": 2, "pinv_iterations": 2},
+            (torch.float32, HALF),
+        ),
+    }
+    EACH = [(case, dtype) for case, (_, _, dtypes) in NYSTROM.items() for dtype in dtypes]
+
+    class TestNystromAttention:
+        @pytest.mark.parametrize(("case", "dtype"), EACH)
+        def test_against_float64(self, case: str, dtype: torch.dtype) -> None:
+            sizes, options, _ = NYSTROM[case]
+            assert_matches_reference(nystrom_attention, attention_inputs(**sizes, dtype=dtype), BACKEND, **options)
+
+        def test_landmarks_given(self) -> None:
+            inputs = attention_inputs(dtype=HALF) | given(HALF)
+            assert_matches_reference(nystrom_attention, inputs, BACKEND, pinv_iterations=2)
+
+        def test_a_grid_with_padding_and_empty_blocks(self) -> None:
+            mask = padding_mask([40, 3, 0], 60, scattered=True)
+            options = {"num_landmarks": 6, "grid": (5, 12), "key_padding_mask": mask, "pinv_iterations": 2}
+            assert_matches_reference(nystrom_attention, attention_inputs(3, queries=60), BACKEND, **options)
+
+        def test_a_row_has_the_same_bits_alone(self) -> None:
+            inputs = attention_inputs(3, dtype=torch.bfloat16)
+            function = functools.partial(nystrom_attention, num_landmarks=8, pinv_iterations=2, backend=BACKEND)
+            together = function(**inputs)
+            alone = function(**{name: x[1:2] for name, x in inputs.items()})
+            assert torch.equal(together[1:2], alone)
+
+        def test_the_order_of_threads_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+            function = functools.partial(
+                nystrom_attention, num_landmarks=8, cluster_iterations=1, pinv_iterations=1, backend=BACKEND
+            )
+            assert_same_in_any_order(monkeypatch, function, attention_inputs(1, 1, dtype=torch.float16))

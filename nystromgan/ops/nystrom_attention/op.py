@@ -20,9 +20,9 @@ from nystromgan.ops.spatiotemporal_attention.op import attention
 
 OP = "nystrom_attention"
 
-# The largest sizes whose tiles the triton kernels hold.
-TRITON_HEAD_DIM = 256
-TRITON_LANDMARKS = 512
+# The largest sizes whose tiles the kernels of triton and cuda hold.
+GPU_HEAD_DIM = 256
+GPU_LANDMARKS = 512
 
 
 def nystrom_attention(
@@ -129,17 +129,17 @@ def _op_reasons(
     backend: str, query: Tensor, value: Tensor, query_landmarks: Tensor | None, num_landmarks: int | Sequence[int]
 ) -> list[str]:
     """Why a backend cannot take these sizes."""
-    if backend != "triton":
+    if backend not in ("cuda", "triton"):
         return []
     widest = max(query.shape[3], value.shape[3])
-    reasons = [f"takes head dims up to {TRITON_HEAD_DIM}, got {widest}"] if widest > TRITON_HEAD_DIM else []
+    reasons = [f"takes head dims up to {GPU_HEAD_DIM}, got {widest}"] if widest > GPU_HEAD_DIM else []
     if query_landmarks is not None:
         count = query_landmarks.shape[-2]
     else:
         count = math.prod(num_landmarks) if isinstance(num_landmarks, Sequence) else num_landmarks
         if count >= min(query.shape[2], value.shape[2]):
             return reasons  # exact attention, whose own kernels run
-    return reasons + ([f"takes up to {TRITON_LANDMARKS} landmarks, got {count}"] if count > TRITON_LANDMARKS else [])
+    return reasons + ([f"takes up to {GPU_LANDMARKS} landmarks, got {count}"] if count > GPU_LANDMARKS else [])
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -7,6 +7,7 @@ from nystromgan import _backend, _check, _library
 from nystromgan.ops.spatiotemporal_attention import reference
 
 OP = "spatiotemporal_attention"
+CUDA_CHANNELS = 256  # of a head: the most whose tiles the cuda kernels hold in shared memory
 
 
 def spatiotemporal_attention(
@@ -53,7 +54,8 @@ def spatiotemporal_attention(
     batch, value_channels, grid = value.shape[0], value.shape[1], query.shape[2:]
     _check_epilogue(query, (batch, value_channels, *grid), gamma, residual)
     residual = None if residual is None else residual.to(query.dtype)
-    chosen = _backend.choose(OP, backend, (query, key, value))
+    widest = max(query.shape[1], value.shape[1]) // num_heads
+    chosen = _backend.choose(OP, backend, (query, key, value), lambda name: _op_reasons(name, widest))
     with torch.autocast(query.device.type, enabled=False):
         output = _attend(
             _split_heads(query, num_heads),
@@ -74,6 +76,12 @@ def attention(
 ) -> Tensor:
     """Exact attention of tokens: query (B, H, N, D), key (B, H, S, D), value (B, H, S, E) -> (B, H, N, E)."""
     return _attend(query.mT, key.mT, value.mT, key_padding_mask, None, None, scale, True, backend).mT
+
+
+def _op_reasons(backend: str, widest: int) -> list[str]:
+    """Why a backend cannot take heads of so many channels."""
+    wide = backend == "cuda" and widest > CUDA_CHANNELS
+    return [f"takes up to {CUDA_CHANNELS} channels a head, got {widest}"] if wide else []
 
 
 def _split_heads(maps: Tensor, num_heads: int) -> Tensor:

@@ -1,0 +1,5 @@
+#include "attend_forward.h"
+
+namespace nystromgan {
+KERNEL(attend_forward_bfloat16_128_tokens, AttendForward, 128, 1) { attend_forward<BFloat16, 128, 32, false>(p); }
+}  // namespace nystromgan

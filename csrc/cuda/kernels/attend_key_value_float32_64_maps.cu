@@ -1,0 +1,7 @@
+#include "attend_gradient.h"
+
+namespace nystromgan {
+KERNEL(attend_key_value_float32_64_maps, AttendGradient, 64, 1) {
+  attend_gradient<float, GradientOf::key_value, 64, 32, true>(p);
+}
+}  // namespace nystromgan

@@ -1,0 +1,7 @@
+#include "attend_gradient.h"
+
+namespace nystromgan {
+KERNEL(attend_query_bfloat16_128_tokens, AttendGradient, 128, 1) {
+  attend_gradient<BFloat16, GradientOf::query, 128, 32, false>(p);
+}
+}  // namespace nystromgan
