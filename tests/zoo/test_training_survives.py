@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
 
 from nystromgan import cli
 from nystromgan.zoo import storage
@@ -245,3 +246,31 @@ def test_savgan_goes_on_bit_for_bit(tmp_path: pathlib.Path) -> None:
     (*tensors, _), (*others, _) = _final(whole), _final(run)
     for state, other in zip(tensors, others, strict=True):
         assert not [name for name in state if not torch.equal(state[name], other[name])]
+
+
+def _events(folder: pathlib.Path) -> list[Event]:
+    """Every event of a run, from all of its event files: length, its checksum, content, its checksum."""
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        content = path.read_bytes()
+        while content:
+            length = int.from_bytes(content[:8], "little")
+            found.append(Event.FromString(content[12 : 12 + length]))
+            content = content[16 + length :]
+    return found
+
+
+def test_tensorboard_sees_the_log_and_where_a_run_went_on(
+    tiny_paper: None, recipe: str, tmp_path: pathlib.Path
+) -> None:
+    run = tmp_path / "run"
+    assert _train(recipe, run, "--steps", "3") == 0
+    assert _train(str(run), run, "--steps", "5") == 0
+    events = _events(run)
+    scalars = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value if v.HasField("simple_value")]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    logged = [(line["step"], name, value) for line in lines for name, value in line.items() if "/" in name]
+    assert [entry[:2] for entry in scalars] == [entry[:2] for entry in logged]
+    assert [entry[2] for entry in scalars] == pytest.approx([entry[2] for entry in logged])
+    assert [e.step for e in events if e.HasField("session_log")] == [0, 3]  # what came later is void
+    assert [e.step for e in events for v in e.summary.value if v.HasField("image")] == [3, 4, 5]
