@@ -1,6 +1,6 @@
 """One command for a machine with a GPU: the op tests, correctness against float64, tuning, and speed beside the peers.
 
-    python -m nystromgan.bench.gpu_check [--stage tests|correctness|tuning|speed ...] [--op NAME ...] [--budget-s 540]
+    python -m nystromgan.bench.gpu_check [--stage NAME ...] [--op NAME ...] [--budget-s 540]
 
 Writes bench/results/<device>/<stage>.json after every row, so that a run that is cut short keeps what it has, and the
 speeds into the files of `nystromgan bench`, of which `nystromgan report` makes a page. A wrong result prints no speed.
@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from nystromgan import _env
-from nystromgan.bench import gpu_checks, gpu_stages, gpu_tuning, machine
+from nystromgan.bench import gpu_checks, gpu_cuda, gpu_stages, gpu_tuning, machine
 from nystromgan.bench.case import BY, OURS
 
 STAGES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "tests": gpu_stages.op_test_rows,
     "correctness": gpu_checks.rows,
+    "cuda": gpu_cuda.rows,
     "tuning": gpu_tuning.rows,
     "speed": gpu_stages.speed_rows,
 }
