@@ -76,7 +76,7 @@ class MovingMNIST(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self.length:
             raise IndexError(f"index must be between 0 and {self.length - 1}, got {index}")
-        random = numpy.random.default_rng((self.seed, index))
+        random = self._random(index)
         chosen = self.images[random.integers(len(self.images), size=self.num_digits)]
         corners = self._corners(random)
         clip = torch.zeros(1, self.frames, self.size, self.size)
@@ -86,6 +86,13 @@ class MovingMNIST(Dataset[Tensor]):
                 window = frame[top : top + side, left : left + side]
                 torch.maximum(window, digit, out=window)
         return clip.mul_(2).sub_(1)
+
+    def chosen(self, index: int) -> list[int]:
+        """Which of the split's digits a clip shows."""
+        return self._random(index).integers(len(self.images), size=self.num_digits).tolist()
+
+    def _random(self, index: int) -> numpy.random.Generator:
+        return numpy.random.default_rng((self.seed, index))
 
     def _corners(self, random: numpy.random.Generator) -> numpy.ndarray:
         """(T, num_digits, 2) integers: the top left pixel of every digit in every frame."""
