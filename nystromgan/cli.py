@@ -12,6 +12,7 @@ COMMANDS = {
     "info": ("nystromgan.zoo.cli.info", "say what a model or a checkpoint is"),
     "sample": ("nystromgan.zoo.cli.sample", "draw from a trained model: a GIF, an MP4 or a sheet"),
     "train": ("nystromgan.zoo.cli.train", "train a model by a recipe, or go on with a run"),
+    "evaluate": ("nystromgan.zoo.cli.evaluate", "measure a trained model, with the real data's own values beside it"),
     "bench": ("nystromgan.bench.cli", "measure time and memory beside what else computes the same"),
     "report": ("nystromgan.bench.report", "make a page of the measured results"),
 }

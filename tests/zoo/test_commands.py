@@ -176,3 +176,23 @@ def test_tiff_stacks_to_samples_with_two_commands(tmp_path: pathlib.Path, capsys
     assert cli.main(["sample", str(run), "--output", str(tmp_path / "cells.gif")]) == 0
     with Image.open(tmp_path / "cells.gif") as movie:
         assert movie.n_frames == 16
+
+
+def test_evaluate_measures_the_model_beside_the_data(
+    recipe: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    run, report = str(tmp_path / "run"), tmp_path / "report" / "metrics.json"
+    assert cli.main(["train", recipe, "--output", run, "--steps", "3", "--device", "cpu", "--quiet"]) == 0
+    capsys.readouterr()
+    found = _json(capsys, "evaluate", run, "-n", "10", "--output", str(report))
+    assert json.loads(report.read_text()) == found
+    assert [row["metric"] for row in found["metrics"]] == ["AACD"]  # the others know digits
+    (row,) = found["metrics"]
+    assert row["real"]["value"] == pytest.approx(0, abs=1e-3)  # squares that stand still
+    assert row["model"]["value"] > 0.1
+    assert cli.main(["evaluate", run, "-n", "10"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("AACD          lower")
+    assert cli.main(["evaluate", run, "-n", "11"]) == 1
+    assert "the data must have 2 n clips" in capsys.readouterr().err
+    assert cli.main(["evaluate", run, "-n", "1"]) == 1
+    assert "n must be at least 2, got 1" in capsys.readouterr().err
