@@ -67,11 +67,8 @@ def peak_bytes(case: Case) -> int:
 
 def measured(case: Case) -> int | None:
     """`peak_bytes` in a fresh process; None where the process ends early, as it does without memory."""
-    done = subprocess.run(
-        [sys.executable, "-m", "nystromgan.zoo.savgan.memory", "--case", json.dumps(case)],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "nystromgan.zoo.savgan.memory", "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
     if done.returncode > 0 and "allocate memory" not in done.stderr:
         raise RuntimeError(f"{case} failed: {done.stderr.strip()[-500:]}")
     return int(done.stdout) if done.returncode == 0 else None
