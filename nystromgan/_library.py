@@ -52,9 +52,13 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
     """Gives the op `name`, whose arguments have no defaults, its derivative.
 
     What torch.library.register_autograd does, but for looking up defaults: that goes through the schema once for every
-    pair of arguments, 0.3 ms a call for an op of 19, as long as a small attention takes.
+    pair of arguments, 0.3 ms a call for an op of 19, as long as a small attention takes. An op of lists of tensors is
+    left to torch: an autograd.Function sees no gradient inside a list.
     """
     op = getattr(torch.ops.nystromgan, name).default
+    if any(argument.type.isSubtypeOf(torch.ListType.ofTensors()) for argument in op._schema.arguments):
+        torch.library.register_autograd(f"nystromgan::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        return
 
     def below(keyset: torch._C.DispatchKeySet, inputs: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
