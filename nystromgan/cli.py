@@ -36,6 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser(argv).parse_args(argv)
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except (ImportError, ValueError, OSError, RuntimeError) as error:
-        advice = " (pip install 'nystromgan[zoo]')" if isinstance(error, ImportError) else ""
+        advice = " (pip install 'nystromgan[zoo,metrics]')" if isinstance(error, ImportError) else ""
         print(f"nystromgan {argv[0]}: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         return 1

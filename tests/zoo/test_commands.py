@@ -101,7 +101,7 @@ def test_errors_are_one_line(
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setitem(cli.COMMANDS, "list", ("no_such_module", "missing"))
     assert cli.main(["list"]) == 1
-    assert "No module named 'no_such_module' (pip install 'nystromgan[zoo]')" in capsys.readouterr().err
+    assert "No module named 'no_such_module' (pip install 'nystromgan[zoo,metrics]')" in capsys.readouterr().err
 
 
 def test_dry_run_prints_and_writes_nothing(recipe: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:

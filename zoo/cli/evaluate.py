@@ -54,10 +54,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _source(args: argparse.Namespace) -> dict[str, Any]:
-    """The [data] table of the real clips."""
+    """The [data] table of the real clips: the test split where the source has one."""
     recipe = args.recipe or pathlib.Path(checkpoints.describe(args.name)["path"]).parent
     table = recipes.load(recipe).data
-    return recipes.folder_data(args.data, table) if args.data else table
+    if args.data:
+        table = recipes.folder_data(args.data, table)
+    return {**table, "split": "test"} if "split" in tables.defaults(recipes.source(table)) else table
 
 
 def _clips(data: Data, start: int, n: int) -> Tensor:
