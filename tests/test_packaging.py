@@ -67,8 +67,12 @@ def test_wheel_serves_every_python(wheel: pathlib.Path) -> None:
 def test_wheel_holds_the_package_and_nothing_else(wheel: pathlib.Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     tree = {"nystromgan": ROOT / "nystromgan", "nystromgan/zoo": ROOT / "zoo", "nystromgan/bench": ROOT / "bench"}
-    sources = {f"{name}/{path.relative_to(top)}" for name, top in tree.items() for path in top.rglob("*.py")}
-    assert sources <= names, "a package without __init__.py is left out of the wheel"
+    kinds = ("*.py", "*.toml", "*.safetensors")
+    sources = {
+        f"{name}/{path.relative_to(top)}" for name, top in tree.items() for kind in kinds for path in top.rglob(kind)
+    }
+    missing = sorted(sources - names)
+    assert not missing, "a package without __init__.py, a recipe or a network is left out of the wheel"
     assert LIBRARY in names
     assert {name.split("/")[0] for name in names} == {"nystromgan", "nystromgan-0.1.0.dist-info"}
     assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc")) or "/tests/" in name]

@@ -204,7 +204,7 @@ def test_it_learns_one_clip_by_heart() -> None:
         name: torch.optim.Adam(player.parameters(), 4e-3, (0.0, 0.9)) for name, player in objective.players.items()
     }
     batch = clip.expand(2, *clip.shape)
-    for i in range(70):
+    for i in range(60):
         for player, optimizer in optimizers.items():
             _turn(objective, player, batch, _step(i), optimizer)
     empty = (clip + 1).square().mean()
