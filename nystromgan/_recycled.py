@@ -27,7 +27,7 @@ def empty_like(weight: Tensor) -> Tensor:
     for _ in range(len(storages)):
         storage = storages.pop(0)  # out of the list while it is looked at: another thread finds it nowhere
         if storage.nbytes() == size and _is_free(storage):
-            tensor = weight.new_empty(0).set_(storage, 0, weight.shape)
+            tensor = weight.new_empty(0).set_(storage, 0, weight.shape)  # type: ignore[call-overload]  # strides may be left out
             storages.append(storage)
             return tensor
         storages.append(storage)

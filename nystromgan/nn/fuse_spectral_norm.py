@@ -124,7 +124,8 @@ def _recast(source: Any, target: type) -> Any:
 def _sites(model: nn.Module) -> Iterator[Site]:
     for module in model.modules():
         if "parametrizations" in module._modules:
-            for chain in module.parametrizations.values():
+            chains: Any = module.parametrizations
+            for chain in chains.values():
                 if isinstance(chain[0], SpectralNorm):
                     yield chain[0], chain[0], chain.original
         for hook in module._forward_pre_hooks.values():
