@@ -46,7 +46,8 @@ Tiles tiles_of(Pass pass, Dtype dtype, bool maps, int64_t widest) {
                                   : (maps ? CHOOSE_PASS(float16, 64, maps) : CHOOSE_PASS(float16, 64, tokens));
   const Kernel& broad = bfloat16 ? (maps ? CHOOSE_PASS(bfloat16, 128, maps) : CHOOSE_PASS(bfloat16, 128, tokens))
                                  : (maps ? CHOOSE_PASS(float16, 128, maps) : CHOOSE_PASS(float16, 128, tokens));
-  return wide ? Tiles{broad, 128, 32, 64, 2} : Tiles{narrow, 64, 64, 64, 2};
+  // With two results, steps of 64 take more registers than there are.
+  return wide ? Tiles{broad, 128, 32, 64, 2} : Tiles{narrow, 64, pass == Pass::key_value ? 32 : 64, 64, 2};
 }
 
 Tiles stats_tiles(Dtype dtype) {

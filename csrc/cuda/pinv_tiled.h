@@ -6,6 +6,12 @@
 #include "matmul.h"
 #include "pinv.h"
 
+#if NYSTROMGAN_EMULATION
+#define CALLED inline
+#else
+#define CALLED __device__ __noinline__
+#endif
+
 namespace nystromgan {
 
 // out = alpha A B + beta add of every matrix, all (PADDED, PADDED); out may be add.
@@ -19,8 +25,9 @@ struct Product {
   int64_t stride_out, stride_a, stride_b, stride_add;  // from one matrix to the next
 };
 
+// Called and not inlined: beside the pointers of all phases its registers would spill.
 template <bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
-DEVICE void multiply_all(const Product<LEFT_TRANSPOSED, RIGHT_TRANSPOSED>& p, int64_t count, int size) {
+CALLED void multiply_all(const Product<LEFT_TRANSPOSED, RIGHT_TRANSPOSED>& p, int64_t count, int size) {
   const int tiles = ceil_div(size, kTile);
   for (int64_t item = block_index(); item < count * tiles * tiles; item += num_blocks()) {
     const int64_t matrix = item / (tiles * tiles);

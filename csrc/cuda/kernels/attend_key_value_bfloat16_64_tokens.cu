@@ -2,6 +2,6 @@
 
 namespace nystromgan {
 KERNEL(attend_key_value_bfloat16_64_tokens, AttendGradient, 128, 1) {
-  attend_gradient<BFloat16, GradientOf::key_value, 64, 64, false>(p);
+  attend_gradient<BFloat16, GradientOf::key_value, 64, 32, false>(p);
 }
 }  // namespace nystromgan
