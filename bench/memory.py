@@ -73,18 +73,16 @@ def on_gpu(keys: Sequence[Key]) -> Iterator[int]:
 def on_cpu(keys: Sequence[Key]) -> Iterator[int | None]:
     """The most resident bytes of each call beyond those before it; None where a child died."""
     environment = {**os.environ, **MEMORY_ENVIRONMENT, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    child = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "nystromgan.bench.memory"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdin.write(json.dumps(keys))
-    child.stdin.close()
-    for line in child.stdout:
-        yield json.loads(line)
-    child.stdout.close()
-    child.wait()
+    ) as child:  # fmt: skip
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(json.dumps(keys))
+        child.stdin.close()
+        for line in child.stdout:
+            yield json.loads(line)
 
 
 def _peak(case: Case, form: str, mode: str) -> int:

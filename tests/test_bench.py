@@ -224,7 +224,7 @@ def test_memory_is_what_the_formulas_predict() -> None:
     keys = [(case.name, OURS, mode) for case in wanted for mode in case.modes]
     predicted = [case.held_bytes[mode] for case in wanted for mode in case.modes]
     assert len(keys) == 4
-    for key, peak, bytes_held in zip(keys, memory.on_cpu(keys), predicted, strict=True):
+    for key, peak, bytes_held in zip(keys, list(memory.on_cpu(keys)), predicted, strict=True):
         assert peak == pytest.approx(bytes_held, rel=0.1), key
 
 
