@@ -62,7 +62,8 @@ class RunFolder:
             kept = [line for line in path.read_text().splitlines() if _step(line) <= after]
             storage.write(path, "".join(f"{line}\n" for line in kept).encode())
         self._log = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._events = EventsWriter(str(self.path / "events"))
+        count = len(list(self.path.glob("events.*")))  # in the name: one of the same second would be written over
+        self._events = EventsWriter(str(self.path / "events"), filename_suffix=f".{count:04}")
         self._event(Event(step=after, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
