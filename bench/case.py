@@ -80,7 +80,6 @@ class Case(NamedTuple):
     compiled_in_full: bool = False
     training: bool = False
     held_bytes: dict[str, float] = {}  # noqa: RUF012 (never written)
-    devices: Sequence[str] = DEVICES
     modes: Sequence[str] = MODES
 
     @property

@@ -53,7 +53,8 @@ def selected(args: argparse.Namespace) -> list[Case]:
     every = cases(args.device, args.full or bool(args.case))
     chosen = [case for case in every if (not args.op or case.op in args.op) and args.case in case.name]
     if not chosen:
-        raise ValueError(f"no case of op {args.op} has {args.case!r} in its name; one is {every[0].name!r}")
+        ops = ", ".join(args.op) if args.op else "any op"
+        raise ValueError(f"no case of {ops} has {args.case!r} in its name; one is {every[0].name!r}")
     return chosen
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from nystromgan.bench import store
-from nystromgan.bench.case import BY, FULL, MODES, OURS
+from nystromgan.bench.case import BY, COMPILED, FULL, MODES, OURS, TUNED
 
 Row = dict[str, Any]
 LABELS = {  # rows of the README's table, by group
@@ -107,14 +107,19 @@ def number(value: float) -> str:
 
 def headline(records: dict[str, store.Record]) -> str:
     """The README's table, in Markdown: each op at the sizes that matter, beside the best other form."""
+    rows = store.rows_of(records)
     lines = ["| float32 | nystromgan | best other form | ratio |", "|---|---|---|---|"]
-    for ours, peer in results(store.rows_of(records)):
+    shown = set()
+    for ours, peer in results(rows):
         if ours["dtype"] == "fp32" and ours["group"] in LABELS and ours.get("N", 16384) >= 16384:
+            shown.add(ours["case"])
             label = LABELS[ours["group"]].format(**ours)
             lines.append(
                 f"| {label}, {ours['mode'].replace('+', ' + ')} | {number(ours['median_ms'])} ms | "
                 f"{number(peer['median_ms'])} ms, {peer['form']} | {peer['ratio']:.1f} |"
             )
     where = next(iter(records.values()))["machine"]
-    note = f"Medians on `{where['name']}`, torch {where['versions']['torch']}, by `nystromgan bench --full`;"
+    compiled = {row["case"] for row in rows if row["form"].endswith((COMPILED, TUNED))}
+    command = "nystromgan bench --full" + ("" if shown <= compiled else " --no-compile")
+    note = f"Medians on `{where['name']}`, torch {where['versions']['torch']}, by `{command}`;"
     return "\n".join([*lines, "", f"{note} [how, and the rest](docs/benchmarks.md)."])

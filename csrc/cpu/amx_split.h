@@ -1,6 +1,7 @@
-// fp32 products on AMX tiles: x = high + middle + low, three bfloat16 that hold its 24 bits, and of the nine products of
-// parts the six that reach them. What is left out is at most 2^-22 of |a| |b|, on average 2^-24.5: less than sums in fp32
-// round. Twice the rate of AVX-512 where packing is repaid: blocks of 128, but not of 64. An infinite operand gives NaN.
+// fp32 products on AMX tiles: x = high + middle + low, three bfloat16 that hold its 24 bits, and of the nine products
+// of parts the six that reach them. What is left out is at most 2^-22 of |a| |b|, on average 2^-24.5: less than sums in
+// fp32 round. Twice the rate of AVX-512 where packing is repaid: blocks of 128, but not of 64. An infinite operand gives
+// NaN.
 #pragma once
 
 #include "amx.h"

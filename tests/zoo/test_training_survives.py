@@ -210,6 +210,19 @@ def test_a_state_of_another_model_is_refused(
     assert "is of another model than this TinyObjective: size mismatch for model.layers.0" in capsys.readouterr().err
 
 
+def test_a_state_of_another_optimizer_is_refused(
+    tiny_paper: None, recipe: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert _train(recipe, run, "--steps", "3") == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert _train(str(run), run, "--steps", "5", "--set", 'players.generator.name="rmsprop"') == 1
+    line = capsys.readouterr().err
+    assert "the state of generator's optimizer in" in line
+    assert "must be of rmsprop, which keeps ['square_avg', 'step'], got ['exp_avg', 'exp_avg_sq', 'step']" in line
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(
     tiny_paper: None, recipe: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -39,7 +39,10 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _checkpoint(name: str) -> dict[str, Any]:
-    report = checkpoints.describe(name)
+    try:
+        report = checkpoints.describe(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; models are: {', '.join(registry.list_models())}") from None
     card = pathlib.Path(report["path"]).with_name("README.md")
     return {"kind": "checkpoint", **report, "about": card.read_text(encoding="utf-8") if card.exists() else ""}
 

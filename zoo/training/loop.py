@@ -151,7 +151,10 @@ class Loop:
         if self.options.ema:
             storage.load_strictly(self.average.model, _under(tensors, "average."), f"the average in {origin}")
         for name, turns in self.turns.items():
-            optimizers.load_state_tensors(turns.optimizer, _under(tensors, f"optimizer.{name}."))
+            kept = _under(tensors, f"optimizer.{name}.")
+            optimizers.load_state_tensors(
+                turns.optimizer, kept, turns.config, f"the state of {name}'s optimizer in {origin}"
+            )
             scale = _under(tensors, f"scaler.{name}.")
             if turns.scaler.is_enabled() and scale:
                 turns.scaler.load_state_dict({key: float(value) for key, value in scale.items()})

@@ -73,10 +73,28 @@ def _kept(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `state_tensors`, for an optimizer of the same parameters."""
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], config: OptimizerConfig, origin: str
+) -> None:
+    """The inverse of `state_tensors`, for the optimizer that `config` builds.
+
+    Raises:
+        ValueError: the state is of another kind of optimizer; names `origin`.
+    """
+    wanted, found = _keys(config), {name.split(".", 1)[1] for name in tensors}
+    if found and found != wanted:  # before the first step there is none
+        raise ValueError(f"{origin} must be of {config.name}, which keeps {sorted(wanted)}, got {sorted(found)}")
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _keys(config: OptimizerConfig) -> set[str]:
+    """What an optimizer of this configuration keeps of a parameter, seen after a step on one."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = config.build([parameter])
+    optimizer.step()
+    return {name.split(".", 1)[1] for name in state_tensors(optimizer)}
