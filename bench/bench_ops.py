@@ -33,5 +33,5 @@ def test_speed(benchmark: Any, case: Case, form: str, mode: str) -> None:
     assert not measure.wrong(case, found), f"no speed of a wrong result: {found}"
     benchmark.group = f"{case.name}, {mode}"
     benchmark.extra_info = {"errors": found, "flops": case.flops[mode], "moved_bytes": case.moved_bytes[mode]}
-    call = measure.call_of(function, inputs, mode, case.training)
+    call = measure.call_of(case, function, inputs, mode)
     benchmark(call if DEVICE == "cpu" else lambda: (call(), torch.cuda.synchronize()))

@@ -11,7 +11,8 @@ from nystromgan import testing
 Shape = dict[str, Any]
 Inputs = dict[str, Tensor]
 Form = Callable[..., Tensor | Sequence[Tensor]]  # of the inputs, by their names
-MODES = ("forward", "forward+backward")
+FORWARD, BACKWARD, BOTH = MODES = ("forward", "backward", "forward+backward")
+PASSES = (FORWARD, BOTH)  # what a case is measured in unless it says more
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = "nystromgan"
 BY = "nystromgan by "  # and a backend's name, where a GPU has more than one
@@ -62,6 +63,7 @@ class Case(NamedTuple):
         compiled_in_full: whether --full puts the peers under torch.compile, which takes minutes.
         training: the forward records what a backward needs.
         held_bytes: by mode: outputs and gradients, where they outweigh everything else that a call holds.
+        optimizer: of the tensors that `make` gives: forward and backward then end with its step, as training does.
     """
 
     op: str
@@ -80,7 +82,8 @@ class Case(NamedTuple):
     compiled_in_full: bool = False
     training: bool = False
     held_bytes: dict[str, float] = {}  # noqa: RUF012 (never written)
-    modes: Sequence[str] = MODES
+    modes: Sequence[str] = PASSES
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None
 
     @property
     def name(self) -> str:
@@ -89,4 +92,4 @@ class Case(NamedTuple):
 
 
 def by_mode(forward: float, both: float) -> dict[str, float]:
-    return dict(zip(MODES, (forward, both), strict=True))
+    return {FORWARD: forward, BACKWARD: both - forward, BOTH: both}

@@ -13,7 +13,9 @@ from nystromgan.bench import compare, landmarks, machine, measure, memory, runne
 from nystromgan.bench.case import DEVICES, MODES, OURS, Case
 from nystromgan.bench.cases import cases
 
-PARTS = ("time", "memory", "landmarks")
+PARTS = ("time", "landmarks", "memory")
+# From the start; --full ends within 40 minutes, of which no part starts anything after its own limit.
+COMPILING_S, TIMES_UNTIL_S, MEMORY_UNTIL_S = 600.0, 1680.0, 2160.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare", metavar="REV", help="this tree beside the commit REV, interleaved; keeps no results"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, which takes minutes")
-    parser.add_argument("--mode", action="append", choices=MODES, help="only forward or only forward+backward")
+    parser.add_argument("--mode", action="append", choices=MODES, help="only this one; may be repeated")
     parser.add_argument("--part", action="append", choices=PARTS, help="only time, memory or landmarks' accuracy")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=DEVICES)
     parser.add_argument("--output", type=pathlib.Path, default=store.RESULTS, help="folder of machines' folders")
@@ -36,14 +38,14 @@ def run(args: argparse.Namespace) -> int:
     chosen = selected(args)
     if args.compare:
         return compare.run(args.compare, chosen, args.mode or MODES, args.device, args.full)
-    folder = args.output / machine.name(args.device)
+    folder, start = args.output / machine.name(args.device), time.perf_counter()
     parts = args.part or PARTS
     if "time" in parts:
-        _times(chosen, folder, args)
-    if "memory" in parts:
-        _memory(chosen, folder, args)
+        _times(chosen, folder, args, start + TIMES_UNTIL_S)
     if "landmarks" in parts and not args.case and not args.op:
         _landmarks(folder, args)
+    if "memory" in parts:
+        _memory(chosen, folder, args, start + MEMORY_UNTIL_S)
     print(f"\nResults are in {folder}; `nystromgan report` makes a page of them.")
     return int(_told_wrong(chosen, folder))
 
@@ -58,24 +60,27 @@ def selected(args: argparse.Namespace) -> list[Case]:
     return chosen
 
 
-def _times(chosen: list[Case], folder: pathlib.Path, args: argparse.Namespace) -> None:
+def _times(chosen: list[Case], folder: pathlib.Path, args: argparse.Namespace, deadline: float) -> None:
     """Measures every case in every mode, and updates its op's file after each."""
     where, rates = machine.describe(args.device), machine.rates(args.device)
     effort = measure.THOROUGH if args.full else measure.QUICK
-    plan = measure.Plan(args.device, rates, effort, args.full and not args.no_compile)
+    compiling = measure.Allowance(COMPILING_S) if args.full and not args.no_compile else None
+    plan = measure.Plan(args.device, rates, effort, compiling)
     pairs = [(case, mode) for case in chosen for mode in args.mode or MODES if mode in case.modes]
-    for _ in runner.timed(pairs, plan, where, folder, steps(len(pairs))):
+    for _ in runner.timed(pairs, plan, where, folder, steps(len(pairs)), deadline):
         pass
 
 
-def _memory(chosen: list[Case], folder: pathlib.Path, args: argparse.Namespace) -> None:
+def _memory(chosen: list[Case], folder: pathlib.Path, args: argparse.Namespace, deadline: float) -> None:
     """Adds the memory of what was timed: of every form, or without --full of ours and the fastest other."""
     names = {case.name for case in chosen}
     records = {op: store.read(folder / f"{op}.json") for op in dict.fromkeys(case.op for case in chosen)}
     rows = [row for record in records.values() for row in record["rows"] if row["case"] in names]
-    memory.add(rows, args.device, args.full, steps(memory.steps(rows, args.full)))
-    for op, record in records.items():
-        store.write(folder / f"{op}.json", record)
+    try:
+        memory.add(rows, args.device, args.full, steps(memory.steps(rows, args.full)), deadline)
+    finally:  # what was measured is kept, whatever ended it
+        for op, record in records.items():
+            store.write(folder / f"{op}.json", record)
 
 
 def _landmarks(folder: pathlib.Path, args: argparse.Namespace) -> None:
@@ -99,12 +104,14 @@ def _told_wrong(chosen: list[Case], folder: pathlib.Path) -> bool:
 
 
 def steps(total: int) -> Callable[[Any], None]:
-    """A function that tells one step more of `total`, with the seconds since the first."""
+    """A function that tells one step more of `total`, with the seconds since the first and about how many are left."""
     start, done = time.perf_counter(), 0
 
     def advance(message: Any) -> None:
         nonlocal done
         done += 1
-        print(f"{time.perf_counter() - start:5.0f} s  {done}/{total}  {message}", file=sys.stderr, flush=True)
+        spent = time.perf_counter() - start
+        left = f", about {spent / (done - 1) * (total - done + 1):.0f} s left" if done > 1 else ""
+        print(f"{spent:5.0f} s{left}  {done}/{total}  {message}", file=sys.stderr, flush=True)
 
     return advance

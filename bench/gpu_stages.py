@@ -10,7 +10,7 @@ from typing import Any
 
 from nystromgan import _backend
 from nystromgan.bench import machine, measure, runner
-from nystromgan.bench.case import MODES, OURS, Case
+from nystromgan.bench.case import FORWARD, OURS, Case
 from nystromgan.bench.cases import cases
 
 Row = dict[str, Any]
@@ -50,9 +50,8 @@ def speed_rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, 
     where = machine.describe(device)
     chosen = [case for case in (_tiny() if tiny else cases(device)) if ops is None or case.op in ops]
     for compiled in (False,) if tiny else (False, True):
-        plan = measure.Plan(
-            device, rates, measure.Effort(0.0, 2, 2) if tiny else TIME, compiled, "triton" if tiny else "auto"
-        )
+        effort, backend = (measure.Effort(0.0, 2, 2), "triton") if tiny else (TIME, "auto")
+        plan = measure.Plan(device, rates, effort, measure.Allowance(budget_s) if compiled else None, backend)
         pairs = [(case, mode) for case in chosen for mode in case.modes if case.compiled_in_full or not compiled]
         for pair in pairs:
             if time.perf_counter() - started > budget_s:
@@ -70,7 +69,7 @@ def _tiny() -> list[Case]:
     return [
         case._replace(
             shape={**case.small, "H": 1} if "H" in case.small else case.small,
-            peers=dict(list(case.peers.items())[:1]), modes=MODES[:1],
+            peers=dict(list(case.peers.items())[:1]), modes=(FORWARD,),
         )
         for case in found.values()
     ]  # fmt: skip

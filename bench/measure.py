@@ -4,9 +4,11 @@ A form whose result is wrong is not timed. In each round every form runs once, s
 disturbs all of them; ratios are medians of the rounds' ratios.
 """
 
+import contextlib
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from nystromgan import _backend, testing
 from nystromgan.bench import clock
-from nystromgan.bench.case import BY, COMPILED, MODES, OURS, TUNED, Case, Form, Inputs, Peer, Shape
+from nystromgan.bench.case import BACKWARD, BY, COMPILED, FORWARD, OURS, TUNED, Case, Form, Inputs, Peer, Shape
 
 Row = dict[str, Any]
 LIMIT_BYTES = {"cpu": 4 * 2**30, "cuda": 24 * 2**30}  # of N x N weights
@@ -33,13 +35,28 @@ class Effort(NamedTuple):
 QUICK, THOROUGH = Effort(0.6, 3, 7, 0.7), Effort(1.5, 5, 21)
 
 
+class Allowance:
+    """Seconds that torch.compile may take in a whole run; what comes after they are spent is left out."""
+
+    def __init__(self, seconds: float) -> None:
+        self.left_s = seconds
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.left_s -= time.perf_counter() - start
+
+
 class Plan(NamedTuple):
-    """What a run measures on: device and backend, how long, whether torch.compile is tried, and the machine's rates."""
+    """What a run measures on: device and backend, how long, the time for torch.compile if any, the machine's rates."""
 
     device: str
     rates: dict[str, float]
     effort: Effort = QUICK
-    compiled: bool = False
+    compiling: Allowance | None = None
     backend: str = "auto"
 
 
@@ -69,6 +86,11 @@ def peer_of(case: Case, form: str) -> Peer | None:
     return None if form == OURS or form.startswith(BY) else case.peers[eager_name(form)]
 
 
+def compiles(case: Case, form: str) -> bool:
+    peer = peer_of(case, form)
+    return form.endswith((COMPILED, TUNED)) or (peer is not None and peer.needs_compile)
+
+
 def function_of(case: Case, form: str, backend: str = "auto") -> Form:
     """The form by its name, with state of its own."""
     peer = peer_of(case, form)
@@ -83,19 +105,45 @@ def function_of(case: Case, form: str, backend: str = "auto") -> Form:
 
 
 def prepared(case: Case, form: str, mode: str, device: str, shape: Shape | None = None) -> Callable[[], Any]:
-    """The call to measure on fresh inputs: a forward without gradients, or a forward and all gradients."""
-    return call_of(function_of(case, form), case.make(device, shape or case.shape, 0), mode, case.training)
+    """The call to measure on fresh inputs: without gradients for a forward; a backward alone runs on a kept graph."""
+    return call_of(case, function_of(case, form), case.make(device, shape or case.shape, 0), mode)
 
 
-def call_of(form: Form, inputs: Inputs, mode: str, training: bool) -> Callable[[], Any]:
-    if mode == MODES[0] and not training:
+def call_of(case: Case, form: Form, inputs: Inputs, mode: str) -> Callable[[], Any]:
+    if mode == FORWARD and not case.training:
         return torch.no_grad()(lambda: form(**inputs))
+    # An optimizer writes to its tensors; other forms are to find theirs as they were.
+    inputs = inputs if case.optimizer is None else {name: x.clone() for name, x in inputs.items()}
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
-    if mode == MODES[0]:
+    if mode == FORWARD:
         return lambda: form(**leaves)
     # With gradients, as it will be called: torch.compile would otherwise compile twice.
     directions = [_direction(x.detach()) for x in _as_list(form(**leaves))]
-    return lambda: torch.autograd.grad(_as_list(form(**leaves)), list(leaves.values()), directions)
+    tensors = list(leaves.values())
+    if mode == BACKWARD:
+        outputs = _as_list(form(**leaves))
+        return lambda: torch.autograd.grad(outputs, tensors, directions, retain_graph=True, materialize_grads=True)
+    if case.optimizer is not None:
+        return _step(
+            lambda: torch.autograd.grad(_as_list(form(**leaves)), tensors, directions, materialize_grads=True),
+            tensors,
+            case,
+        )
+    return lambda: torch.autograd.grad(_as_list(form(**leaves)), tensors, directions, materialize_grads=True)
+
+
+def _step(gradients: Callable[[], Sequence[Tensor]], tensors: list[Tensor], case: Case) -> Callable[[], None]:
+    """Gradients, and the optimizer's step along them."""
+    assert case.optimizer is not None
+    optimizer = case.optimizer(tensors)
+
+    def step() -> None:
+        for tensor, gradient in zip(tensors, gradients(), strict=True):
+            tensor.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _as_list(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -107,14 +155,16 @@ def why_not(case: Case, form: str, mode: str, plan: Plan) -> str | None:
     peer = peer_of(case, form)
     if peer is None:
         return None
+    if compiles(case, form) and plan.compiling is not None and plan.compiling.left_s <= 0:
+        return "the time for torch.compile was spent"
     if mode not in peer.modes:
         return f"has no backward on the {plan.device}"
     # Measured: the share of the rate of products that fused attention reaches; both passes take 3.5 to 6 forwards.
     share = 0.6 if case.dtype == "fp32" else 0.3
-    seconds = peer.flops / (share * _gemm_rate(plan.rates, case.dtype)) * (1 if mode == MODES[0] else 5)
+    seconds = peer.flops / (share * _gemm_rate(plan.rates, case.dtype)) * (1 if mode == FORWARD else 5)
     if seconds > plan.effort.limit_s:
         return f"a call would take about {seconds:.0f} s"
-    stored = peer.stored_bytes * (1 if mode == MODES[0] else 3)
+    stored = peer.stored_bytes * (1 if mode == FORWARD else 3)
     if stored > LIMIT_BYTES[plan.device]:
         return f"would store {stored / 2**30:.0f} GiB of weights"
     return None
@@ -190,13 +240,14 @@ def _first_head(tensor: Tensor) -> Tensor:
 
 def results(function: Form, inputs: Inputs, mode: str) -> list[list[Tensor]]:
     """The outputs and, in a backward mode, the gradients along the fixed direction."""
-    leaves = {name: x.detach().requires_grad_(mode != MODES[0]) for name, x in inputs.items()}
-    with torch.set_grad_enabled(mode != MODES[0]):
+    leaves = {name: x.detach().requires_grad_(mode != FORWARD) for name, x in inputs.items()}
+    with torch.set_grad_enabled(mode != FORWARD):
         outputs = _as_list(function(**leaves))
-    if mode == MODES[0]:
+    if mode == FORWARD:
         return [[x.detach() for x in outputs]]
     directions = [_direction(x) for x in outputs]
-    return [[x.detach() for x in outputs], list(torch.autograd.grad(outputs, list(leaves.values()), directions))]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), directions, materialize_grads=True)
+    return [[x.detach() for x in outputs], list(gradients)]
 
 
 def _direction(output: Tensor) -> Tensor:
@@ -240,7 +291,7 @@ def rows(case: Case, mode: str, plan: Plan) -> list[Row]:
     count = timer.number_of_sets(sum(x.numel() * x.element_size() for x in first.values()))
     sets = [first, *(case.make(plan.device, case.shape, seed) for seed in range(1, count))]
     exact = Exact(case, first, mode)
-    forms = forms_of(case, plan.compiled) + by_backend(case, plan.device)
+    forms = forms_of(case, plan.compiling is not None and mode != BACKWARD) + by_backend(case, plan.device)
     found = {form: _row(case, form, mode) for form in forms}
     calls: dict[str, Sequence[clock.Call]] = {}
     for form, row in found.items():
@@ -252,7 +303,7 @@ def rows(case: Case, mode: str, plan: Plan) -> list[Row]:
         found[form] |= summary(times, samples.get(OURS, []))
         if not other_function(case, form):
             found[form]["floor_ms"] = floor_ms(case, mode, plan.rates)
-        if plan.device == "cuda":
+        if plan.device == "cuda" and mode != BACKWARD and case.optimizer is None:
             graph = clock.graphed(calls[form][0])
             found[form]["graph_ms"] = graph and clock.median_ms(graph, "cuda", 0.1)
     gc.collect()
@@ -264,20 +315,31 @@ def _row(case: Case, form: str, mode: str) -> Row:
     return row | {"mode": mode, "form": form} | ({"other": True} if other_function(case, form) else {})
 
 
+def failed_row(case: Case, form: str, mode: str, error: Exception) -> Row:
+    """The row of a form that raised: ours is wrong, a peer was not run."""
+    return _row(case, form, mode) | _reason(case, form, error)
+
+
+def _reason(case: Case, form: str, error: Exception) -> Row:
+    message = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return {"wrong" if peer_of(case, form) is None else "not_run": message}
+
+
 def _gated(case: Case, form: str, row: Row, exact: Exact, sets: Sequence[Inputs], plan: Plan) -> list[clock.Call]:
     """The calls of a form that can run and is right, one on each set; else none, and the row says why."""
     reason = why_not(case, form, exact.mode, plan)
     if reason is not None:
         row["not_run"] = reason
         return []
+    spending = plan.compiling.spending() if plan.compiling and compiles(case, form) else contextlib.nullcontext()
     try:
-        function = function_of(case, form, plan.backend)
-        row["errors"] = errors(case, form, function, sets[0], exact)
-        calls = [call_of(function, inputs, exact.mode, case.training) for inputs in sets]
-        calls[0]()  # compiles what the gate has not
+        with spending:
+            function = function_of(case, form, plan.backend)
+            row["errors"] = errors(case, form, function, sets[0], exact)
+            calls = [call_of(case, function, inputs, exact.mode) for inputs in sets]
+            calls[0]()  # compiles what the gate has not
     except Exception as error:  # a peer that refuses a shape, and a compiler that fails, are rows of the report
-        message = " ".join(str(error).split())[:160]
-        row["wrong" if peer_of(case, form) is None else "not_run"] = f"{type(error).__name__}: {message}"
+        row |= _reason(case, form, error)
         return []
     if wrong(case, row["errors"]):
         row["wrong"] = True

@@ -6,9 +6,11 @@ call loads is no case's memory) and then once at the case's own. What a form kee
 
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -22,14 +24,25 @@ from nystromgan.testing import MEMORY_ENVIRONMENT, extra_peak_bytes
 Key = tuple[str, str, str]  # case, form, mode
 
 
-def add(rows: Iterable[measure.Row], device: str, every_form: bool, progress: Callable[[str], None]) -> None:
-    """Adds peak_bytes to the rows that have a time, or to ours and the fastest peer's of each case and mode."""
+def add(
+    rows: Iterable[measure.Row],
+    device: str,
+    every_form: bool,
+    progress: Callable[[str], None],
+    deadline: float = math.inf,
+) -> None:
+    """Adds peak_bytes to the rows that have a time, or to ours and the fastest peer's of each case and mode.
+
+    Those that decide come first, because nothing is measured after the deadline, on time.perf_counter's clock.
+    """
     timed = [row for row in rows if "median_ms" in row]
-    chosen = _chosen(timed, every_form)
+    chosen = sorted(_chosen(timed, every_form), key=lambda row: not _decides(row, timed))
     keys = [(row["case"], row["form"], row["mode"]) for row in chosen]
     for row, peak in zip(chosen, on_gpu(keys) if device == "cuda" else on_cpu(keys), strict=True):
         row["peak_bytes"] = peak
         progress(f"memory  {row['case']}, {row['mode']}, {row['form']}")
+        if time.perf_counter() > deadline:
+            return
 
 
 def steps(rows: Iterable[measure.Row], every_form: bool) -> int:

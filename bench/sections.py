@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from nystromgan.bench import store, tables, targets
-from nystromgan.bench.case import MODES
+from nystromgan.bench.case import BOTH
 from nystromgan.bench.cases import cases
 from nystromgan.bench.landmarks import EXACT
 
@@ -39,7 +39,7 @@ def tiles(records: dict[str, store.Record]) -> list[tuple[str, str]]:
     found = {}
     for pair in tables.results(store.rows_of(records)):
         ours = pair.ours
-        if ours["dtype"] == "fp32" and ours["group"] in tables.LABELS and ours["mode"] == MODES[1]:
+        if ours["dtype"] == "fp32" and ours["group"] in tables.LABELS and ours["mode"] == BOTH:
             label = tables.LABELS[ours["group"]].format(**ours)
             found[ours["group"]] = (f"{pair.ratio:.1f}x", f"{label}, {ours['mode']}, fp32, beside {pair.peer['form']}")
     return list(found.values())

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from nystromgan.bench import store
-from nystromgan.bench.case import FULL, MODES, PLAIN
+from nystromgan.bench.case import BOTH, FORWARD, FULL, PASSES, PLAIN
 from nystromgan.bench.tables import Result, Row, results
 
-FORWARD, BOTH = MODES
 TWO_CALLS = "two SDPA calls"
 
 
@@ -93,7 +92,7 @@ def _fits(target: Target, row: Row) -> bool:
     return (
         row["group"] == target.group
         and target.dtype in (None, row["dtype"])
-        and target.mode in (None, row["mode"])
+        and row["mode"] in (PASSES if target.mode is None else (target.mode,))
         and (target.tokens is None or row.get("N") in target.tokens)
     )
 

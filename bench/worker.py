@@ -22,7 +22,7 @@ def prepare(name: str, mode: str, device: str) -> tuple[list[clock.Call], int]:
     found = measure.errors(case, OURS, function, first, measure.Exact(case, first, mode))
     if measure.wrong(case, found):
         raise ArithmeticError(f"wrong, errors {found}")
-    calls = [measure.call_of(function, inputs, mode, case.training) for inputs in sets]
+    calls = [measure.call_of(case, function, inputs, mode) for inputs in sets]
     return calls, clock.repeats(timer, calls)
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from nystromgan import cli, testing
-from nystromgan.bench import clock, compare, gpu_stages, machine, measure, memory, store, tables, targets
-from nystromgan.bench.case import COMPILED, MODES, OURS, Case, Peer
+from nystromgan.bench import cli as bench_cli
+from nystromgan.bench import clock, compare, gpu_stages, machine, measure, memory, runner, store, tables, targets
+from nystromgan.bench.case import COMPILED, FORWARD, OURS, PASSES, Case, Peer
 from nystromgan.bench.cases import cases
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,6 +95,63 @@ def test_compiled_forms_are_beside_eager_ones() -> None:
     function = measure.function_of(case._replace(peers=peers), "doubled" + COMPILED)
     matrix = testing.normal(3, 3)
     assert testing.relative_error(function(matrix=matrix), matrix.exp()) < 1e-6
+
+
+def test_a_spent_allowance_leaves_out_what_compiles() -> None:
+    case = small("landmarks")._replace(compiled_in_full=True)
+    peers = {name: peer for name, peer in case.peers.items() if name == "two SDPA calls"}
+    rows = measure.rows(case._replace(peers=peers), "forward", PLAN._replace(compiling=measure.Allowance(0.0)))
+    assert [row["form"] for row in rows if "median_ms" in row] == [OURS, "two SDPA calls"]
+    assert {row["not_run"] for row in rows[2:]} == {"the time for torch.compile was spent"}
+
+
+def test_a_run_outlives_a_case_that_raises_and_ends_in_time(tmp_path: pathlib.Path) -> None:
+    def refuse(*_: object) -> dict[str, torch.Tensor]:
+        raise MemoryError("no room")
+
+    case, told = small("pinv"), []
+    pairs = [(case._replace(make=refuse), "forward"), (case, "forward+backward")]
+    where = {"commit": "abc"}
+    found = list(runner.timed(pairs, PLAN, where, tmp_path, told.append))
+    assert found[0][2][0]["wrong"] == "MemoryError: no room"
+    assert "median_ms" in found[1][2][0]
+    assert not list(runner.timed(pairs, PLAN, where, tmp_path, told.append, deadline=0.0))
+    assert [line.startswith("LEFT OUT") for line in told] == [False, False, True, True]
+
+
+def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture) -> None:
+    advance = bench_cli.steps(2)
+    advance("one")
+    advance("two")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("1/2  one")
+    assert "s left  2/2  two" in lines[1]
+
+
+def test_a_backward_alone_is_what_both_passes_add() -> None:
+    case = small("maps")
+    inputs = case.make("cpu", case.shape, 0)
+    calls = {mode: measure.call_of(case, case.ours("auto"), inputs, mode) for mode in case.modes}
+    for alone, both in zip(calls["backward"](), calls["forward+backward"](), strict=True):
+        assert torch.equal(alone, both)
+    assert case.flops["forward"] + case.flops["backward"] == case.flops["forward+backward"]
+
+
+def test_a_step_ends_with_the_optimizer_s_and_leaves_the_inputs() -> None:
+    case = small("pinv")._replace(optimizer=lambda tensors: torch.optim.SGD(tensors, lr=1.0))
+    inputs = case.make("cpu", case.shape, 0)
+    before = {name: x.clone() for name, x in inputs.items()}
+    seen: list[torch.Tensor] = []
+
+    def form(matrix: torch.Tensor) -> torch.Tensor:
+        seen.append(matrix.detach().clone())
+        return matrix.square()
+
+    step = measure.call_of(case, form, inputs, "forward+backward")
+    step()
+    step()
+    assert not torch.equal(seen[-1], seen[-2])
+    assert torch.equal(inputs["matrix"], before["matrix"])
 
 
 def test_rounds_are_interleaved() -> None:
@@ -194,7 +252,7 @@ def test_gpu_check_measures_the_registry_under_the_interpreter(tmp_path: pathlib
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("interpreter-*/iterative_pinv.json")
     ours = [row for row in json.loads(path.read_text())["rows"] if row["form"] == OURS]
-    assert [row["mode"] for row in ours] == [MODES[0]]
+    assert [row["mode"] for row in ours] == [FORWARD]
     assert ours[0]["median_ms"] > 0
     assert ours[0]["errors"]["output"] < 1e-5
 
@@ -233,7 +291,7 @@ def test_targets_tell_what_is_missed() -> None:
         "case": "c",
         "group": "savgan",
         "dtype": "fp32",
-        "mode": MODES[0],
+        "mode": FORWARD,
         "N": 2048,
         "ratio_low": 1,
         "ratio_high": 1,
@@ -256,7 +314,7 @@ def test_the_command_writes_results_and_the_report_reads_them(tmp_path: pathlib.
     assert cli.main(arguments) == 0
     folder = tmp_path / machine.name()
     rows = json.loads((folder / "iterative_pinv.json").read_text())["rows"]
-    assert {row["mode"] for row in rows} == set(MODES)
+    assert {row["mode"] for row in rows} == set(PASSES)
     assert all(row["peak_bytes"] >= 0 for row in rows)
     assert cli.main(["report", "--results", str(folder), "--output", str(tmp_path / "page")]) == 0
     assert "<figure>" not in (tmp_path / "page" / "report.html").read_text(), "nothing was measured over tokens"

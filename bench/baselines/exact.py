@@ -140,6 +140,12 @@ def unpadded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
+def unfused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Torch's own products and softmax, the one kernel that can be differentiated twice."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
 def eager_maps(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Exact attention of maps as SAGAN and SAVGAN write it, with the N x N weights."""
     weights = (query.shape[1] ** -0.5 * query.flatten(2).mT @ key.flatten(2)).softmax(-1)  # (B, N, S)

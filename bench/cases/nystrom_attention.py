@@ -9,7 +9,7 @@ from torch import Tensor
 import nystromgan
 from nystromgan import testing
 from nystromgan.bench.baselines import exact, landmark, packages
-from nystromgan.bench.case import DTYPES, FULL, MODES, PLAIN, Case, Form, Inputs, Peer, Shape, by_mode
+from nystromgan.bench.case import DTYPES, FORWARD, FULL, MODES, PASSES, PLAIN, Case, Form, Inputs, Peer, Shape, by_mode
 
 OP = "nystrom_attention"
 WINDOW = 7  # of neighbourhood attention, an axis
@@ -77,9 +77,9 @@ def full_attention(shape: Shape, device: str) -> dict[str, Peer]:
     found = {
         f"{FULL}, {name}": Peer(lambda form=form: form, exact.attention, flops=flops) for name, form in names.items()
     }
-    modes = MODES if device == "cuda" else MODES[:1]
-    if shape["B"] * shape["H"] < 8:
-        return found  # compiled for every shape; tokens and video have it
+    modes = MODES if device == "cuda" else (FORWARD,)
+    if shape["B"] * shape["H"] < 8 or (device == "cpu" and not 4096 <= shape["N"] <= 16384):
+        return found  # it is compiled for every shape
     return found | {
         f"{FULL}, FlexAttention": Peer(exact.flex, exact.attention, needs_compile=True, modes=modes, flops=flops)
     }
@@ -109,12 +109,16 @@ def landmark_case(group: str, sizes: tuple[int, ...], dtype: str, device: str) -
     if group != "dims":
         peers |= full_attention(shape, device)
     flops, moved = work(shape, dtype)
+    compiled_in_full = (shape["B"], tokens) == (1, 16384) and (group, dtype) in (
+        ("landmarks", "fp32"), ("landmarks", "bf16"), ("savgan", "fp32")
+    )  # fmt: skip
     quick = dtype == "fp32" and group in ("landmarks", "savgan") and shape["B"] == 1 and 512 < tokens < 65536
     return Case(
         OP, group, shape, dtype, tokens_of(dtype), ours(num_landmarks=landmarks), peers, flops, moved,
         {**shape, "N": 2 * landmarks}, testing.TOLERANCES[DTYPES[dtype]], heads=True, quick=quick,
-        compiled_in_full=shape["B"] == 1 and (group == "savgan" or (group == "landmarks" and tokens == 16384)),
+        compiled_in_full=compiled_in_full,
         held_bytes=held(shape, dtype) if tokens >= 65536 else {},
+        modes=MODES if group == "landmarks" and tokens in (4096, 16384) else PASSES,
     )  # fmt: skip
 
 
@@ -149,7 +153,7 @@ def video_case(grid: tuple[int, int, int], dtype: str, device: str) -> Case:
         return attend
 
     near = functools.partial(exact.neighbourhood, grid, WINDOW)
-    modes = MODES if device == "cuda" else MODES[:1]
+    modes = MODES if device == "cuda" else (FORWARD,)
     peers = {
         f"neighbourhood {WINDOW} x {WINDOW} x {WINDOW}, FlexAttention": Peer(
             lambda: exact.flex_neighbourhood(grid, WINDOW), near, needs_compile=True, modes=modes

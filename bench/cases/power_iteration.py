@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from nystromgan import testing
-from nystromgan.bench.case import DTYPES, MODES, Case, Form, Inputs, Peer, Shape, by_mode
+from nystromgan.bench.case import DTYPES, FORWARD, PASSES, Case, Form, Inputs, Peer, Shape, by_mode
 from nystromgan.nn.spectral_norm import SpectralNorm
 from nystromgan.ops.power_iteration import spectral_normalize
 
@@ -43,7 +43,7 @@ def power_case(layers: int, training: bool, dtype: str) -> Case:
         {"torch's parametrization": Peer(lambda: _per_layer(_SpectralNorm, training), compiled=True)},
         by_mode(4.0 * elements, 8.0 * elements), by_mode(8.0 * elements, 20.0 * elements), {"layers": 4},
         testing.TOLERANCES[DTYPES[dtype]], quick=True, compiled_in_full=True, training=training, held_bytes=held,
-        modes=MODES if training else MODES[:1],
+        modes=PASSES if training else (FORWARD,),
     )  # fmt: skip
 
 

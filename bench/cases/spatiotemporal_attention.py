@@ -5,7 +5,7 @@ import functools
 import nystromgan
 from nystromgan import testing
 from nystromgan.bench.baselines import exact
-from nystromgan.bench.case import DTYPES, Case, Inputs, Peer, Shape, by_mode
+from nystromgan.bench.case import DTYPES, MODES, Case, Inputs, Peer, Shape, by_mode
 
 
 def cases(device: str) -> list[Case]:
@@ -41,4 +41,5 @@ def map_case(batch: int, channels: int, value_channels: int, side: int, dtype: s
         lambda backend: functools.partial(nystromgan.spatiotemporal_attention, backend=backend), peers,
         by_mode(forward, 2.0 * pairs * (4 * channels + 3 * value_channels)), by_mode(moved, 3 * moved),
         {**shape, "side": 8}, testing.TOLERANCES[DTYPES[dtype]], quick=True, compiled_in_full=True,
+        modes=MODES,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 from nystromgan import testing
 from nystromgan.bench.baselines import exact, landmark
 from nystromgan.bench.baselines.modules import EagerSelfAttention, bound, on_maps
-from nystromgan.bench.case import DTYPES, FULL, Case, Form, Inputs, Peer, Shape, by_mode
+from nystromgan.bench.case import DTYPES, FULL, MODES, Case, Form, Inputs, Peer, Shape, by_mode
 from nystromgan.nn import SelfAttention3d
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -25,7 +25,7 @@ def cases(device: str) -> list[Case]:
     return [generator_case(name, 2, device), critic_case(name, 2, device)]
 
 
-def _objective(name: str, attention: str) -> Any:
+def new_objective(name: str, attention: str) -> Any:
     """A preset's networks, drawn from one seed."""
     from nystromgan.zoo import registry  # here, because it imports the paper
 
@@ -43,47 +43,55 @@ def generator_case(name: str, batch: int, device: str) -> Case:
     """Latents to clips."""
 
     def build(attention: str) -> nn.Module:
-        return _objective(name, attention).model
+        return new_objective(name, attention).model
 
     def inputs(shape: Shape, seed: int) -> Tensor:
-        return testing.normal(shape["B"], _config(name).latent_dim, seed=seed)
+        return testing.normal(shape["B"], preset(name).latent_dim, seed=seed)
 
-    config = _config(name)
-    positions = config.frames * config.size**2 / 16**3
-    widths = [8 * config.width, 4 * config.width, 2 * config.width, config.width, config.image_channels]
-    layers = itertools.pairwise(widths)
-    flops = batch * sum(2 * 64 * a * b * positions * 8**i for i, (a, b) in enumerate(layers))
     attends = {"two SDPA calls": landmark.two_sdpa, "eager, F (Z (G V))": landmark.eager}
     eager = {
-        f"{label}, torch's spectral norm": [on_maps(make(count)) for count in config.num_landmarks]
+        f"{label}, torch's spectral norm": [on_maps(make(count)) for count in preset(name).num_landmarks]
         for label, make in attends.items()
     }
     full = {f"{FULL}, {label}": exact.maps(form) for label, form in exact.fused(device).items()}
-    return _case(f"{name} generator", batch, build, inputs, eager, full, flops)
+    return _case(f"{name} generator", batch, build, inputs, eager, full, generator_flops(name, batch))
 
 
 def critic_case(name: str, batch: int, device: str) -> Case:
     """Clips to logits; its attention is exact."""
 
     def build(attention: str) -> nn.Module:
-        return _objective(name, "exact").video_discriminator
+        return new_objective(name, "exact").video_discriminator
 
     def inputs(shape: Shape, seed: int) -> Tensor:
-        config = _config(name)
+        config = preset(name)
         return testing.normal(shape["B"], config.image_channels, config.frames, config.size, config.size, seed=seed)
 
-    config = _config(name)
-    widths = [config.image_channels, config.width, 2 * config.width, 4 * config.width, 8 * config.width]
-    positions = [config.frames * config.size**2 / (4 * 8**i) for i in range(4)]
-    layers = zip(widths, widths[1:], positions, strict=False)
-    flops = batch * sum(2 * 64 * a * b * count for a, b, count in layers)
     attends = {f"SDPA {label}": exact.maps(form) for label, form in exact.fused(device).items()}
     attends["eager, N x N"] = exact.eager_maps
     eager = {f"{label}, torch's spectral norm": [attend] * 2 for label, attend in attends.items()}
-    return _case(f"{name} critic", batch, build, inputs, eager, {}, flops)
+    return _case(f"{name} critic", batch, build, inputs, eager, {}, critic_flops(name, batch))
 
 
-def _config(name: str) -> Any:
+def generator_flops(name: str, batch: int) -> float:
+    """Of the transposed convolutions, forward."""
+    config = preset(name)
+    positions = config.frames * config.size**2 / 16**3
+    widths = [8 * config.width, 4 * config.width, 2 * config.width, config.width, config.image_channels]
+    layers = itertools.pairwise(widths)
+    return batch * sum(2 * 64 * a * b * positions * 8**i for i, (a, b) in enumerate(layers))
+
+
+def critic_flops(name: str, batch: int) -> float:
+    """Of the convolutions, forward."""
+    config = preset(name)
+    widths = [config.image_channels, config.width, 2 * config.width, 4 * config.width, 8 * config.width]
+    positions = [config.frames * config.size**2 / (4 * 8**i) for i in range(4)]
+    layers = zip(widths, widths[1:], positions, strict=False)
+    return batch * sum(2 * 64 * a * b * count for a, b, count in layers)
+
+
+def preset(name: str) -> Any:
     from nystromgan.zoo import registry
 
     return registry.preset(name, {})
@@ -119,6 +127,7 @@ def _case(
     return Case(
         "zoo", group, {"B": batch}, "fp32", make, ours, peers, by_mode(flops, 3 * flops), by_mode(0.0, 0.0), {"B": 1},
         testing.Tolerance(20 * tolerance.output, 40 * tolerance.gradient), training=True,
+        modes=MODES,
     )  # fmt: skip
 
 

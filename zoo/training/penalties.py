@@ -14,12 +14,12 @@ def interpolated(real: Tensor, fake: Tensor, generator: torch.Generator) -> Tens
 
 
 def gradient_norms(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(B,) float32: |d score(x)_b / d x_b|_2, differentiable in score's parameters; score maps (B, ...) to (B,).
+    """|d score(x)_b / d x_b|_2, (B,), differentiable in score's parameters; score maps (B, ...) to (B,).
 
-    Computed without autocast: squares of gradients leave float16's range.
+    In float32, of a float64 x in float64. Computed without autocast: squares of gradients leave float16's range.
     """
     with torch.autocast(x.device.type, enabled=False):
-        x = x.detach().float().requires_grad_()
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
         (gradient,) = torch.autograd.grad(score(x).sum(), x, create_graph=True)
         return gradient.flatten(1).norm(dim=1)
 
