@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=pathlib.Path, help="folder of one machine; this machine's without it")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("out/bench"))
     parser.add_argument(
+        "--again", type=pathlib.Path, help="folder of another run on the machine: only say where the two disagree"
+    )
+    parser.add_argument(
         "--readme", type=pathlib.Path, help="only write the headline table, of the committed results, into this file"
     )
 
@@ -42,12 +45,23 @@ def run(args: argparse.Namespace) -> int:
     records = store.load(folder)
     if not records:
         raise ValueError(f"no results in {folder}: run nystromgan bench")
+    if args.again:
+        return compared(records, store.load(args.again))
     if args.readme:
         args.readme.write_text(with_headline(args.readme.read_text(), records))
         return 0
     write(records, args.output)
     print(f"Open {args.output / 'report.html'} in a browser.")
     return 0
+
+
+def compared(records: dict[str, store.Record], again: dict[str, store.Record]) -> int:
+    """Prints the ratios that two runs give over 10% apart and neither marks noisy; 1 where there is one."""
+    count, apart = tables.disagreements(store.rows_of(records), store.rows_of(again))
+    for row in apart:
+        print(f"{row['case']}, {row['mode']}, {row['form']}: {row['ratio']:.2f} now")
+    print(f"{len(apart)} of {count} ratios are over 10% apart and not marked noisy")
+    return int(bool(apart))
 
 
 def write(records: dict[str, store.Record], folder: pathlib.Path) -> None:

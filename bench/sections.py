@@ -132,6 +132,8 @@ def _ratios(rows: list[tables.Row]) -> Section:
         "products or bytes over that of a copy, whichever is longer, as a share of ours; both rates are of the "
         "same run."
     )
+    marked = [pair.noisy for pair in tables.results(rows)]
+    note += f" {sum(marked)} of {len(marked)} are noisy here."
     table = [
         [
             "case",
@@ -152,11 +154,15 @@ def _ratios(rows: list[tables.Row]) -> Section:
             [
                 ours["case"], ours["mode"], tables.number(ours["median_ms"]), tables.number(peer["median_ms"]),
                 peer["form"], f"{pair.ratio:.2f}{' (noisy)' if pair.noisy else ''}",
-                f"{peer['ratio_low']:.2f} to {peer['ratio_high']:.2f}", f"{ours['floor_ms'] / ours['median_ms']:.0%}",
+                f"{peer['ratio_low']:.2f} to {peer['ratio_high']:.2f}", _share(ours),
                 tables.mib(ours), tables.mib(peer),
             ]
         )  # fmt: skip
     return Section("Against the best other form", note, table)
+
+
+def _share(row: tables.Row) -> str:
+    return f"{row['floor_ms'] / row['median_ms']:.0%}" if row["floor_ms"] else "–"
 
 
 def _memory(rows: list[tables.Row]) -> Section | None:

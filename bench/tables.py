@@ -37,6 +37,22 @@ def is_noisy(row: Row) -> bool:
     return row["ratio_high"] - row["ratio_low"] > NOISY * ratio or abs(ratio - before) > NOISY * ratio
 
 
+def disagreements(rows: Sequence[Row], again: Sequence[Row]) -> tuple[int, list[Row]]:
+    """How many ratios two runs share, and the rows of `again` that are over 10% apart and marked noisy in neither."""
+    before = {(row["case"], row["mode"], row["form"]): row for row in rows if "ratio" in row}
+    pairs = [
+        (before[place], row)
+        for row in again
+        if "ratio" in row and (place := (row["case"], row["mode"], row["form"])) in before and row["form"] != OURS
+    ]
+    apart = [
+        row
+        for old, row in pairs
+        if abs(row["ratio"] - old["ratio"]) > NOISY * row["ratio"] and not is_noisy(old) and not is_noisy(row)
+    ]
+    return len(pairs), apart
+
+
 def results(rows: Sequence[Row], against: str | None = None) -> list[Result]:
     """One result a case and mode: ours beside the fastest peer that computes the same, or of the family named."""
     found: dict[tuple[str, str], list[Row]] = {}

@@ -1,5 +1,6 @@
 """The benchmark: its registry is sound, wrong results get no speed, and what the README says is what was measured."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -205,6 +206,15 @@ def test_a_ratio_is_noisy_where_rounds_or_runs_disagree() -> None:
     assert tables.is_noisy(noisy_row(ratio_before=1.7))
 
 
+def test_what_two_runs_disagree_on_is_named() -> None:
+    place = {"case": "c", "mode": "forward", "form": "eager"}
+    same, apart = (noisy_row() | place for _ in range(2))
+    apart |= {"ratio": 2.5, "ratio_low": 2.45, "ratio_high": 2.55}
+    assert tables.disagreements([same], [same]) == (1, [])
+    assert tables.disagreements([same], [apart]) == (1, [apart])
+    assert tables.disagreements([same], [apart | {"ratio_high": 3.0}]) == (1, [])
+
+
 def test_a_second_run_of_a_commit_knows_the_first() -> None:
     """Two runs agree within 10%, or the report marks the ratio."""
     case = small("pinv")
@@ -241,6 +251,32 @@ def test_compare_measures_two_trees(capfd: pytest.CaptureFixture, monkeypatch: p
         "tree"
         not in subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], capture_output=True, text=True).stdout
     )
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
+@pytest.mark.parametrize("slow", ["this", "other"])
+def test_compare_flags_a_slowed_op(
+    slow: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two trees sleeps 5 ms in every pseudo-inverse."""
+    package = tmp_path / "nystromgan"
+    package.mkdir()
+    for path in (ROOT / "nystromgan").iterdir():
+        (package / path.name).symlink_to(path)
+    for name in ("zoo", "bench"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (package / "functional.py").unlink()
+    slowed = "import time\n_quick = iterative_pinv\n"
+    slowed += "def iterative_pinv(*a, **k):\n time.sleep(5e-3)\n return _quick(*a, **k)\n"
+    (package / "functional.py").write_text((ROOT / "nystromgan" / "functional.py").read_text() + slowed)
+    trees = {"this": ROOT, "other": ROOT} | {slow: tmp_path}
+    monkeypatch.setattr(compare, "BUDGET_S", 0.0)
+    monkeypatch.setattr(compare, "ROOT", trees["this"])
+    monkeypatch.setattr(compare, "_checked_out", lambda revision: contextlib.nullcontext(trees["other"]))
+    case = next(case for case in cases() if case.name == "pinv B=8 M=16 fp32")
+    assert compare.run("REV", [case], ["forward"], "cpu", False) == (slow == "this")
+    verdict = "slower" if slow == "this" else "faster"
+    assert capfd.readouterr().out.splitlines()[1].endswith(verdict)
 
 
 def test_gpu_check_measures_the_registry_under_the_interpreter(tmp_path: pathlib.Path) -> None:
