@@ -54,7 +54,7 @@ bench: native
 	$(PY) -m nystromgan bench --quick
 	$(PY) -m nystromgan report
 
-# The README's table from the committed results.
+# The README's table and plot from the committed results.
 bench-docs: $(READY)
 	$(PY) -m nystromgan report --readme README.md
 

@@ -1,7 +1,9 @@
 """Plots of the report: SVG in the page's own text colour, and PNG files for the Markdown."""
 
+import hashlib
 import html
 import io
+import json
 import math
 import pathlib
 import re
@@ -11,8 +13,9 @@ from typing import Any
 import matplotlib
 from matplotlib import ticker
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from nystromgan.bench.case import COMPILED, FULL, OURS, TUNED
+from nystromgan.bench.case import BOTH, COMPILED, FULL, OURS, TUNED
 from nystromgan.bench.landmarks import EXACT, KINDS
 
 Draw = Callable[[Any], None]
@@ -140,6 +143,32 @@ def png(draw: Draw, path: pathlib.Path) -> None:
     """The drawing as a file, on white."""
     with matplotlib.rc_context({"font.size": 10}):
         _figure(draw).savefig(path, dpi=160)
+
+
+def headline(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """The README's plot: time and memory of both passes over tokens in float32; the file carries `fingerprint`."""
+    with matplotlib.rc_context({"font.size": 10}):
+        figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+        for ax, field in zip(figure.subplots(1, 2), ("median_ms", "peak_bytes"), strict=True):
+            draw = growth(rows, BOTH, "fp32", field)
+            if draw is not None:
+                draw(ax)
+        shown = {family(row["form"]) for row in _drawn(rows)}
+        colors = {name: color for name, color in COLORS.items() if name in shown}
+        lines = [Line2D([], [], color=color, marker="o", markersize=4) for color in colors.values()]
+        figure.legend(lines, list(colors), loc="outside upper center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=110, metadata={"Description": fingerprint(rows)})
+
+
+def fingerprint(rows: Sequence[dict[str, Any]]) -> str:
+    """A hash of what `headline` draws."""
+    drawn = [[row["case"], row["form"], row["median_ms"], row.get("peak_bytes")] for row in _drawn(rows)]
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+
+
+def _drawn(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    wanted = [row for row in rows if (row["group"], row["mode"], row["dtype"]) == ("landmarks", BOTH, "fp32")]
+    return [row for row in wanted if "median_ms" in row and family(row["form"])]
 
 
 def legend(colors: dict[str, str], shown: set[str], note: str = "") -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from nystromgan.bench import machine, sections, store, tables
-from nystromgan.bench.case import COMPILED, FULL, MODES, TUNED
+from nystromgan.bench.case import COMPILED, FULL, PASSES, TUNED
 from nystromgan.bench.sections import Section, Table
 
 START, END = "<!-- bench: written by make bench-docs -->", "<!-- /bench -->"
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--again", type=pathlib.Path, help="folder of another run on the machine: only say where the two disagree"
     )
     parser.add_argument(
-        "--readme", type=pathlib.Path, help="only write the headline table, of the committed results, into this file"
+        "--readme", type=pathlib.Path, help="only write the headline table into this file, and its plot beside it"
     )
 
 
@@ -48,7 +48,10 @@ def run(args: argparse.Namespace) -> int:
     if args.again:
         return compared(records, store.load(args.again))
     if args.readme:
+        from nystromgan.bench import plots
+
         args.readme.write_text(with_headline(args.readme.read_text(), records))
+        plots.headline(store.rows_of(records), args.readme.parent / tables.PICTURE)
         return 0
     write(records, args.output)
     print(f"Open {args.output / 'report.html'} in a browser.")
@@ -88,7 +91,7 @@ def growth_plots(records: dict[str, store.Record]) -> Iterator[Plot]:
     rows = store.rows_of(records)
     for field, title in (("median_ms", "Time"), ("peak_bytes", "Peak extra memory")):
         for dtype in ("fp32", "bf16"):
-            for mode in MODES:
+            for mode in PASSES:
                 draw = plots.growth(rows, mode, dtype, field)
                 if draw is not None:
                     stem = f"{'time' if field == 'median_ms' else 'memory'}-{mode.replace('+', '-')}-{dtype}"

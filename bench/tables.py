@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from nystromgan.bench import store
-from nystromgan.bench.case import BY, COMPILED, FULL, MODES, OURS, TUNED
+from nystromgan.bench.case import BY, COMPILED, FULL, OURS, PASSES, TUNED
 
 Row = dict[str, Any]
 LABELS = {  # rows of the README's table, by group
@@ -13,6 +13,7 @@ LABELS = {  # rows of the README's table, by group
     "maps": "exact attention of {side} x {side} maps, {C} and {E} channels",
     "spectral norm": "spectral norm of {layers} layers",
 }
+PICTURE = "docs/images/bench.png"  # the README's plot
 NOISY = 0.1  # a ratio is noisy where its quartiles, or two runs of one commit, are further apart than this share of it
 
 
@@ -79,7 +80,7 @@ def crossovers(rows: Sequence[Row]) -> list[tuple[str, str, dict[int, float]]]:
     pairs = results([row for row in rows if row["group"] == "landmarks"], FULL)
     found = []
     for dtype in ("fp32", "bf16"):
-        for mode in MODES:
+        for mode in PASSES:
             wanted = [pair for pair in pairs if (pair.ours["dtype"], pair.ours["mode"]) == (dtype, mode)]
             if wanted:
                 found.append((dtype, mode, {pair.ours["N"]: pair.ratio for pair in wanted}))
@@ -136,6 +137,7 @@ def headline(records: dict[str, store.Record]) -> str:
             )
     where = next(iter(records.values()))["machine"]
     compiled = {row["case"] for row in rows if row["form"].endswith((COMPILED, TUNED))}
-    command = "nystromgan bench --full" + ("" if shown <= compiled else " --no-compile")
+    command = "nystromgan bench --full" + ("" if shown & compiled else " --no-compile")
     note = f"Medians on `{where['name']}`, torch {where['versions']['torch']}, by `{command}`;"
-    return "\n".join([*lines, "", f"{note} [how, and the rest](docs/benchmarks.md)."])
+    picture = f"![Time and memory of both passes over tokens, float32]({PICTURE})"
+    return "\n".join([*lines, "", picture, "", f"{note} [how, and the rest](docs/benchmarks.md)."])

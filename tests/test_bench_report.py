@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from nystromgan import cli
-from nystromgan.bench import report, store
+from nystromgan.bench import plots, report, store, tables
 from nystromgan.bench.case import OURS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -92,3 +92,8 @@ def test_a_browser_shows_it(made: pathlib.Path, size: str, theme: str) -> None:
 def test_readme_shows_the_committed_results() -> None:
     text = (ROOT / "README.md").read_text()
     assert report.with_headline(text, store.load(store.RESULTS / report.README_MACHINE)) == text, "make bench-docs"
+
+
+def test_readme_s_plot_is_of_the_committed_results() -> None:
+    rows = store.rows_of(store.load(store.RESULTS / report.README_MACHINE))
+    assert plots.fingerprint(rows).encode() in (ROOT / tables.PICTURE).read_bytes(), "make bench-docs"
