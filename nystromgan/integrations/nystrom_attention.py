@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nystromgan.ops.nystrom_attention import nystrom_attention
+from nystromgan.ops.nystrom_attention.convolution import depthwise_convolution
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,7 +42,7 @@ class AcceleratedNystromAttention(package.NystromAttention):
             pinv_init="global_max",
         )
         if self.residual:
-            output = output + self.res_conv(value)
+            output = output + depthwise_convolution(value, self.get_parameter("res_conv.weight")[:, 0, :, 0])
         return self.to_out(output.transpose(1, 2).flatten(2))[:, -tokens:]
 
     def _means(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

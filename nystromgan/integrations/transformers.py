@@ -4,9 +4,14 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
+from transformers.activations import NewGELUActivation
+from transformers.models.nystromformer.modeling_nystromformer import (
+    NystromformerIntermediate,
+    NystromformerSelfAttention,
+)
 
 from nystromgan.ops.nystrom_attention import nystrom_attention
+from nystromgan.ops.nystrom_attention.convolution import depthwise_convolution
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,7 +43,7 @@ class AcceleratedSelfAttention(NystromformerSelfAttention):
             pinv_init="global_max" if self.init_option == "original" else "per_matrix",
         )
         if self.conv_kernel_size is not None:
-            output = output + self.conv(value)
+            output = output + depthwise_convolution(value, self.get_parameter("conv.weight")[:, 0, :, 0])
         return (output.transpose(1, 2).flatten(2),)
 
     def _check_length(self, tokens: int) -> None:
@@ -64,11 +69,13 @@ def accelerate(model: Model) -> Model:
         model: any module that holds NystromformerSelfAttention modules; changed in place.
 
     Returns:
-        The model. Its parameters and state dict are the same objects under the same names.
+        The model. Its parameters and state dict are the same objects under the same names. Feed-forward layers with
+        "gelu_new", the default, compute that formula by torch.nn.GELU("tanh").
 
     Raises:
-        ValueError: the model holds none. Later, in forward: a mask that is not one of padding, or a number of tokens
-            other than config.segment_means_seq_len.
+        ValueError: the model holds none, or one whose conv_kernel_size is even, with which the original fails. Later,
+            in forward: a mask that is not one of padding, or a number of tokens other than
+            config.segment_means_seq_len.
 
     Where output_attentions is asked for, the original's code runs. Where num_landmarks is segment_means_seq_len, which
     is the default configuration, the original computes exact attention, and so does this.
@@ -77,7 +84,13 @@ def accelerate(model: Model) -> Model:
     if not found:
         raise ValueError(f"model must contain a NystromformerSelfAttention, got {type(model).__name__} without one")
     for module in found:
+        if module.conv_kernel_size is not None and module.conv_kernel_size % 2 != 1:
+            raise ValueError(f"config.conv_kernel_size must be odd, got {module.conv_kernel_size}")
+    for module in found:
         module.__class__ = AcceleratedSelfAttention
+    for module in model.modules():
+        if isinstance(module, NystromformerIntermediate) and type(module.intermediate_act_fn) is NewGELUActivation:
+            module.intermediate_act_fn = nn.GELU("tanh")  # the same formula in one pass; eager takes eight
     return model
 
 

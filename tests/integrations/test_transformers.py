@@ -22,7 +22,7 @@ def _model(**options: Any) -> nn.Module:
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=64,
+        max_position_embeddings=640,
         **{"segment_means_seq_len": TOKENS, "num_landmarks": 8, "conv_kernel_size": 5, **options},
     )
     model = transformers.NystromformerModel(config).eval()
@@ -54,6 +54,31 @@ def test_outputs_and_gradients_are_the_same(options: dict[str, Any]) -> None:
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:
             assert (one.grad - other.grad).norm() < 1e-4 * other.grad.norm() + 1e-6 * largest, name
+
+
+def test_long_convolutions_have_the_gradients_of_float64() -> None:
+    """Those of the original are wrong in float32, by oneDNN's depthwise kernels, from 33 taps on."""
+    torch.set_num_threads(1)
+    model, original = _pair(segment_means_seq_len=640, conv_kernel_size=65)
+    original.double()
+    ids, direction = _ids(1, 640), torch.randn(1, 640, 32)
+    gradients = []
+    for one in (model, original):
+        (one(ids).last_hidden_state * direction.to(one.dtype)).sum().backward()
+        gradients.append(one.encoder.layer[0].attention.self.conv.weight.grad)
+    assert relative_error(*gradients) < 1e-4
+
+
+def test_activations_are_the_same_formula_where_they_are_replaced() -> None:
+    model, original = _pair()
+    for layer, other in zip(model.encoder.layer, original.encoder.layer, strict=True):
+        assert isinstance(layer.intermediate.intermediate_act_fn, nn.GELU)
+        x = torch.linspace(-6, 6, 101)
+        expected = other.intermediate.intermediate_act_fn(x)
+        torch.testing.assert_close(layer.intermediate.intermediate_act_fn(x), expected)
+    model, original = _pair(hidden_act="relu")
+    activations = [one.encoder.layer[0].intermediate.intermediate_act_fn for one in (model, original)]
+    assert type(activations[0]) is type(activations[1])
 
 
 def test_the_start_of_the_inverse_couples_the_batch_as_the_original_does() -> None:
@@ -122,6 +147,8 @@ def test_trains_under_checkpointing_and_compiles() -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="model must contain a NystromformerSelfAttention, got Linear without one"):
         accelerate(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"config\.conv_kernel_size must be odd, got 4"):
+        accelerate(_model(conv_kernel_size=4))
     model = accelerate(_model())
     with pytest.raises(ValueError, match="segment_means_seq_len 48 tokens, got 24"):
         model(_ids(tokens=24))  # the original pools landmarks across samples here

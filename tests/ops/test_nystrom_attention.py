@@ -1,12 +1,14 @@
 """nystrom_attention against float64: outputs and gradients of every kind of call, in every dtype."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from nystromgan import iterative_pinv, nystrom_attention
+from nystromgan.ops.nystrom_attention.convolution import depthwise_convolution
 from nystromgan.testing import (
     NATIVE_DTYPES,
     NO_TOLERANCE,
@@ -243,6 +245,24 @@ def test_conv_residual_is_a_correlation_along_the_tokens(backend: str, masked: b
             if 0 <= source < 21:
                 expected[:, :, token] += weight[:, tap, None] * value[:, :, source]
     assert relative_error(added, expected) < 1e-5
+
+
+@pytest.mark.parametrize("taps", [1, 5, 33, 65, 149])
+@pytest.mark.parametrize("tokens", [1, 64, 600])
+def test_convolution_has_the_values_and_gradients_of_conv2d_in_float64(taps: int, tokens: int) -> None:
+    inputs = [normal(2, 3, tokens, 5), normal(3, taps, seed=1), normal(2, 3, tokens, 5, seed=2)]
+
+    def values_and_gradients(function: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        value, weight, direction = (x.to(dtype) for x in inputs)
+        output, pullback = torch.func.vjp(function, value, weight)
+        return [output, *pullback(direction)]
+
+    def torch_convolution(value: Tensor, weight: Tensor) -> Tensor:
+        return torch.conv2d(value, weight[:, None, :, None], padding=(taps // 2, 0), groups=3)
+
+    expected = values_and_gradients(torch_convolution, torch.float64)
+    for one, other in zip(values_and_gradients(depthwise_convolution, torch.float32), expected, strict=True):
+        assert relative_error(one, other) < 1e-6
 
 
 @on_every_backend

@@ -5,9 +5,9 @@ Letters: B batch, H heads, N query tokens, S key tokens, M landmarks, D query/ke
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from nystromgan.ops.iterative_pinv.reference import iterative_pinv
+from nystromgan.ops.nystrom_attention.convolution import depthwise_convolution
 from nystromgan.ops.nystrom_attention.landmarks import Plan
 
 
@@ -87,8 +87,7 @@ def conv_residual(value: Tensor, weight: Tensor, key_padding_mask: Tensor | None
     """Depthwise convolution along the tokens of value (B, H, S, E) with weight (H, kernel_size), zero outside."""
     if key_padding_mask is not None:
         value = value.masked_fill(key_padding_mask[:, None, :, None], 0.0)
-    kernel = weight.to(value.dtype)[:, None, :, None]  # (H, 1, kernel_size, 1)
-    return functional.conv2d(value, kernel, padding=(weight.shape[1] // 2, 0), groups=weight.shape[0])
+    return depthwise_convolution(value, weight.to(value.dtype))
 
 
 def cluster_landmarks(
