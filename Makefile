@@ -54,9 +54,10 @@ bench: native
 	$(PY) -m nystromgan bench --quick
 	$(PY) -m nystromgan report
 
-# The README's table and plot from the committed results.
+# The README's table and plot, and the tables of the modules' pages, from the committed results.
 bench-docs: $(READY)
 	$(PY) -m nystromgan report --readme README.md
+	$(PY) -m nystromgan report --docs docs
 
 # On a machine with a GPU: the op tests, correctness against float64, tuning and speed, into bench/results. STAGE picks
 # one of them.

