@@ -1,5 +1,7 @@
 """The module that xformers dropped: its formula, written out in plain PyTorch, and what it refuses."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -102,6 +104,19 @@ def test_dropout_and_unknown_settings() -> None:
     inputs = _inputs()
     assert (module(*inputs) == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
     assert torch.equal(module.eval()(*inputs), module(*inputs, att_mask=None))
+
+
+def test_gradcheck_and_copies() -> None:
+    module = NystromAttention(0.0, HEADS, 4, conv_kernel_size=3).double()
+    inputs = [x.requires_grad_() for x in _inputs(11, dtype=torch.float64)]
+    assert torch.autograd.gradcheck(module, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(module, inputs, fast_mode=True)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(twin(*inputs), module(*inputs))
+    state = NystromAttention(0.0, HEADS, 4, conv_kernel_size=3).double().state_dict()
+    module.load_state_dict(state)
+    other = torch.func.functional_call(twin, state, tuple(inputs))
+    assert torch.equal(other, module(*inputs))
 
 
 def test_compiles_whole() -> None:

@@ -97,6 +97,7 @@ def test_trains_compiled() -> None:
     [
         (lambda: nn.Linear(4, 4), "torch.nn.MultiheadAttention or timm's Attention, got Linear without one"),
         (lambda: nn.MultiheadAttention(16, 4, kdim=8), "kdim and vdim equal to embed_dim 16, got 8 and 16"),
+        (lambda: nn.MultiheadAttention(16, 4, vdim=8), "kdim and vdim equal to embed_dim 16, got 16 and 8"),
         (lambda: nn.MultiheadAttention(16, 4, add_bias_kv=True), "model must have add_bias_kv=False, got True"),
         (lambda: nn.MultiheadAttention(16, 4, add_zero_attn=True), "must have add_zero_attn=False, got True"),
     ],
