@@ -8,6 +8,7 @@ import functools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -123,6 +124,7 @@ def _in_child(function: Callable[[], Any]) -> Any:
 
 
 def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who asks may stop listening when its time is over
     import torch.fx.experimental.symbolic_shapes  # noqa: F401  (a first backward imports it; once for all children)
 
     found = {case.name: case for case in cases("cpu")}
