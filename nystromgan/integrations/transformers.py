@@ -88,9 +88,9 @@ def accelerate(model: Model) -> Model:
             raise ValueError(f"config.conv_kernel_size must be odd, got {module.conv_kernel_size}")
     for module in found:
         module.__class__ = AcceleratedSelfAttention
-    for module in model.modules():
-        if isinstance(module, NystromformerIntermediate) and type(module.intermediate_act_fn) is NewGELUActivation:
-            module.intermediate_act_fn = nn.GELU("tanh")  # the same formula in one pass; eager takes eight
+    for layer in model.modules():
+        if isinstance(layer, NystromformerIntermediate) and type(layer.intermediate_act_fn) is NewGELUActivation:
+            layer.intermediate_act_fn = nn.GELU("tanh")  # the same formula in one pass; eager takes eight
     return model
 
 

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from nystromgan import _check
 from nystromgan.ops.power_iteration import power_iteration, spectral_normalize
+from nystromgan.ops.power_iteration.op import normalize_by
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -31,6 +32,8 @@ class SpectralNorm(nn.Module):
     _v: Tensor
     n_power_iterations: int
     ready: Tensor | None = None  # the weight that a grouped launch has normalised for the next access
+    step: tuple[Tensor, Tensor, Tensor] | None = None  # sigma, u and v of a grouped step that the next forward uses
+    divides_input = False  # whether its layer may use x / sigma and W in place of x and W / sigma
     _cached: _Cached | None = None
 
     def __init__(self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12) -> None:
@@ -56,7 +59,7 @@ class SpectralNorm(nn.Module):
         if weight.is_meta:
             return weight
         if self.ready is not None:
-            ready, self.ready = self.ready, None
+            ready, self.__dict__["ready"] = self.ready, None
             return ready
         # A weight that takes gradients is also written to through `.data`, by gradcheck for one, and no version tells.
         if self.training or torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
@@ -80,6 +83,9 @@ class SpectralNorm(nn.Module):
         return matrix.unflatten(1, rest).movedim(0, self.dim).contiguous()
 
     def _normalized(self, weight: Tensor) -> Tensor:
+        if self.step is not None:
+            (sigma, u, v), self.step = self.step, None
+            return self.unmatrix(normalize_by(self.matrix(weight), sigma, u, v), weight.shape)
         iterations = self.n_power_iterations if self.training else 0
         matrices = spectral_normalize([self.matrix(weight)], [self._u], [self._v], iterations=iterations, eps=self.eps)
         return self.unmatrix(matrices[0], weight.shape)
@@ -106,7 +112,7 @@ class SpectralNorm(nn.Module):
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "ready": None, "_cached": None}
+        return {**self.__dict__, "ready": None, "step": None, "_cached": None}
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, eps={self.eps}"

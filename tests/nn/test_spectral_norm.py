@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -317,6 +318,51 @@ def test_compiles_whole(form: str, training: bool) -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-5)
     for one, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(5, 3), (4, 5)),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 6)),
+    "reflected": (lambda: nn.Conv1d(3, 4, 3, padding=1, padding_mode="reflect"), (2, 3, 7)),
+    "transposed": (lambda: nn.ConvTranspose3d(3, 4, 2), (2, 3, 3, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("small", [True, False])
+def test_a_divided_input_gives_what_a_divided_weight_does(
+    layer: str, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, shape = LAYERS[layer]
+    monkeypatch.setattr(sys.modules["nystromgan.nn.fuse_spectral_norm"], "SMALL", 2**19 if small else -1)
+    model = fuse_spectral_norm(nn.Sequential(ours(make().double())))
+    expected = nn.Sequential(TORCH(make().double()))
+    expected.load_state_dict(model.state_dict())
+    inputs = []
+    model[0].register_forward_hook(lambda module, arguments, output: inputs.append(arguments[0]))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found = []
+    for one in (model, expected):
+        parameters = [x, *one.parameters()]
+        grads = torch.autograd.grad(one(x).pow(3).sum(), parameters, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads)
+        found.append([*grads, *torch.autograd.grad(penalty, parameters)])
+    assert torch.equal(inputs[0], x) != (small or x.numel() <= model[0].parametrizations.weight.original.numel())
+    for actual, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
+    outside = model[0].weight.flatten(1) if layer != "transposed" else model[0].weight.movedim(1, 0).flatten(1)
+    assert 0.5 < torch.linalg.matrix_norm(outside.detach(), 2).item() < 2  # W / sigma as ever
+
+
+def test_a_layer_that_is_not_linear_in_its_weight_keeps_its_input() -> None:
+    class Squared(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.square(), self.bias)
+
+    model, expected = fuse_spectral_norm(nn.Sequential(ours(Squared(5, 3)))), nn.Sequential(TORCH(Squared(5, 3)))
+    expected.load_state_dict(model.state_dict())
+    x = torch.randn(2, 5)
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", ["ours", "ours fused", "torch fused"])

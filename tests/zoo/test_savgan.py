@@ -210,6 +210,12 @@ def test_penalty_through_attention_and_spectral_norm_is_the_references(norm: str
         if isinstance(layer, SelfAttention3d):
             nn.init.constant_(layer.gamma, 0.5)
     reference = _reference_of(critic, **options)
+    for one in (
+        critic,
+        reference,
+    ):  # smooth: across a kink one rounding moves gradients by 2e-3
+        for i, layer in enumerate(one.layers):
+            one.layers[i] = nn.Softplus(beta=3.0) if isinstance(layer, nn.LeakyReLU) else layer
     clips = torch.randn(3, 1, 16, 64, 64)
     values = []
     for one in (critic, reference):

@@ -27,7 +27,10 @@ void multiply_rows(const float* w, int64_t ld, int64_t cols, const float* v, flo
   int64_t c = 0;
   for (; c + kLanes <= cols; c += kLanes) {
     const Vec x = load(v + c);
-    for (int r = 0; r < kRows; ++r) sums[r] += load(w + r * ld + c) * x;
+    for (int r = 0; r < kRows; ++r) {
+      if (r < kRows / 2) __builtin_prefetch(w + (kRows + r) * ld + c, 0, 2);
+      sums[r] += load(w + r * ld + c) * x;
+    }
   }
   if (c < cols) {
     const Vec x = load_first(v + c, cols - c);
@@ -45,7 +48,7 @@ void accumulate_rows(const float* w, int64_t ld, int64_t cols, const float* prod
   for (; c + kLanes <= cols; c += kLanes) {
     Vec total = load(sum + c);
     for (int r = 0; r < kRows; ++r) {
-      __builtin_prefetch(w + (kRows + r) * ld + c, 0, 2);
+      if (r >= kRows / 2) __builtin_prefetch(w + (kRows + r) * ld + c, 0, 2);
       total += load(w + r * ld + c) * factors[r];
     }
     store(sum + c, total);

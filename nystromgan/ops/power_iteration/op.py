@@ -76,6 +76,32 @@ def spectral_normalize(
         return torch.ops.nystromgan.spectral_normalize(weights, sigma, uv, chosen)
 
 
+def power_iteration_step(
+    weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], *, iterations: int = 1, eps: float = 1e-12
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """sigma (), u and v of every matrix after a step, as constants that no later step changes.
+
+    Takes and raises what `power_iteration` does.
+    """
+    with torch.no_grad():
+        chosen, weights, u, v = _checked(weights, u, v, iterations, eps, "auto")
+        if chosen == "reference":
+            sigma = reference.power_iteration(weights, u, v, iterations, eps)
+            return [(s, left.clone(), right.clone()) for s, left, right in zip(sigma, u, v, strict=True)]
+        sigma, uv = _run(weights, u, v, iterations, eps, chosen)
+        pairs = _split(uv, [weight.shape for weight in weights])
+        return [(s, *pair) for s, pair in zip(sigma.unbind(), pairs, strict=True)]
+
+
+def normalize_by(weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """W / sigma (O, I), contiguous, for a step's sigma, u and v; differentiable as `spectral_normalize`."""
+    chosen = _backend.choose(OP, "auto", [weight, u, v])
+    if chosen == "reference":
+        sigma = torch.dot(u, weight.to(u.dtype) @ v)
+        return (weight / sigma).to(weight.dtype).contiguous()
+    return torch.ops.nystromgan.spectral_normalize([weight], sigma[None], torch.cat([u, v]), chosen)[0]
+
+
 def _checked(
     weights: Any, u: Any, v: Any, iterations: Any, eps: Any, backend: str
 ) -> tuple[str, list[Tensor], list[Tensor], list[Tensor]]:
