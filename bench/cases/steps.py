@@ -41,7 +41,9 @@ class Turn(nn.Module):
         latent = x if self.player == "generator" else testing.normal(batch, model.config.latent_dim, seed=SEED).to(x)
         model.draw_latent = lambda count, generator: latent.detach()
         generator = torch.Generator(x.device).manual_seed(SEED)
-        return self.objective.loss(self.player, x.detach(), Step(0, Stage(), generator))[0][None]
+        # The critics' penalty is made of a gradient.
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.player == "discriminators"):
+            return self.objective.loss(self.player, x.detach(), Step(0, Stage(), generator))[0][None]
 
 
 def in_plain_torch(objective: Any, generator: list[Attend], critic: list[Attend]) -> Any:
