@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
+import numpy
 from matplotlib.figure import Figure
 
 from nystromgan.zoo import checkpoints, media, recipes, storage
@@ -89,11 +90,14 @@ def curves(log: Log) -> bytes:
     count = -(-len(names) // COLUMNS)
     with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(2.6 * COLUMNS, 1.9 * count), layout="constrained")
-        axes = figure.subplots(count, COLUMNS, squeeze=False).flat
+        axes = list(figure.subplots(count, COLUMNS, squeeze=False).flat)
         for name, ax in zip(names, axes, strict=False):
-            ax.plot([row["step"] for row in log], [row[name] for row in log], linewidth=0.7)
+            values = [row[name] for row in log]
+            ax.plot([row["step"] for row in log], values, linewidth=0.7)
+            low, high = numpy.quantile(values, (0.02, 0.98))  # the first steps are far outside
+            ax.set_ylim(low - 0.1 * (high - low) - 1e-9, high + 0.1 * (high - low) + 1e-9)
             ax.set_title(name)
-        for ax in list(axes)[len(names) :]:
+        for ax in axes[len(names) :]:
             ax.set_axis_off()
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=100, metadata={"Software": None})
