@@ -11,8 +11,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as LegacyHook
 
 from nystromgan.nn._scaled_input import PLAIN, ScaledInput
 from nystromgan.nn.spectral_norm import SpectralNorm
-from nystromgan.ops.power_iteration import power_iteration, spectral_normalize
-from nystromgan.ops.power_iteration.op import power_iteration_step
+from nystromgan.ops.power_iteration import power_iteration, power_iteration_step, spectral_normalize
 
 Model = TypeVar("Model", bound=nn.Module)
 Site = tuple[nn.Module, Any, Tensor]  # a module, its parametrization or hook, and the weight before normalisation

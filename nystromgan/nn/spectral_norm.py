@@ -8,8 +8,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from nystromgan import _check
-from nystromgan.ops.power_iteration import power_iteration, spectral_normalize
-from nystromgan.ops.power_iteration.op import normalize_by
+from nystromgan.ops.power_iteration import normalize_by, power_iteration, spectral_normalize
 
 Module = TypeVar("Module", bound=nn.Module)
 

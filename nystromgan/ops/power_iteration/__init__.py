@@ -1,5 +1,5 @@
 """Largest singular values by power iteration, of many matrices in one call."""
 
-from nystromgan.ops.power_iteration.op import power_iteration, spectral_normalize
+from nystromgan.ops.power_iteration.op import normalize_by, power_iteration, power_iteration_step, spectral_normalize
 
-__all__ = ["power_iteration", "spectral_normalize"]
+__all__ = ["normalize_by", "power_iteration", "power_iteration_step", "spectral_normalize"]
