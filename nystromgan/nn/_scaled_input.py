@@ -28,21 +28,20 @@ class ScaledInput(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int
     ) -> tuple[Tensor, Tensor]:
-        ctx.dim = dim
-        ctx.save_for_backward(x, weight, sigma, u, v)
-        return x / sigma, weight.view_as(weight)
+        ctx.dim, scaled = dim, x / sigma
+        ctx.save_for_backward(scaled, weight, sigma, u, v)  # the layer keeps x' too; x would be a second copy
+        return scaled, weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad_scaled: Tensor, grad_weight: Tensor) -> tuple:
-        x, weight, sigma, u, v = ctx.saved_tensors
+        scaled, weight, sigma, u, v = ctx.saved_tensors
         if torch.is_grad_enabled():  # so that a second derivative sees how sigma depends on the weight
             matrix = weight.movedim(ctx.dim, 0).flatten(1)
             sigma = torch.ops.nystromgan.singular_value([matrix], sigma[None], torch.cat([u, v]))[0]
-        grad_x = grad_scaled / sigma
         if ctx.needs_input_grad[1]:
-            along = -torch.dot(grad_x.flatten(), x.flatten()) / sigma
+            along = -torch.dot(grad_scaled.flatten(), scaled.flatten()) / sigma
             grad_weight = _add_outer(grad_weight, u * along, v, ctx.dim)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_scaled / sigma, grad_weight, None, None, None, None
 
 
 def _add_outer(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=nn.Module)
 Site = tuple[nn.Module, Any, Tensor]  # a module, its parametrization or hook, and the weight before normalisation
 
 BUFFERS = ("_u", "_v")
-SMALL = 2**19  # elements that are divided sooner than a call that divides a weight begins
+SMALL = 2**19  # elements: dividing them takes 0.09 ms, no more than the call that divides a weight of 128 x 1152
 
 
 class FusedLegacyHook(LegacyHook):
@@ -166,8 +166,10 @@ def _normalize_all(model: nn.Module, arguments: Any) -> None:
 def _method(norm: Any, weight: Tensor) -> Callable[[list[Site], int, float], None]:
     if isinstance(norm, FusedLegacyHook):
         return _normalize_legacy
-    on_cpu = weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return _step if norm.divides_input and on_cpu and not torch.compiler.is_compiling() else _normalize
+    # Of bfloat16 the gradient's sum over the input would lose what sums over a weight in float32 keep.
+    suits = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
+    plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return _step if norm.divides_input and suits and plain else _normalize
 
 
 def _normalize(sites: list[Site], iterations: int, eps: float) -> None:
