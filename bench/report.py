@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if not records:
         raise ValueError(f"no results in {folder}: run nystromgan bench")
     if args.again:
-        return compared(records, store.load(args.again))
+        again = store.load(args.again)
+        if not again:
+            raise ValueError(f"no results in {args.again}: run nystromgan bench --output")
+        return compared(records, again)
     if args.readme:
         from nystromgan.bench import plots
 

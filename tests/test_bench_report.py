@@ -102,3 +102,9 @@ def test_readme_s_plot_is_of_the_committed_results() -> None:
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
 def test_pages_show_the_committed_results_of_the_modules(page: pathlib.Path) -> None:
     assert module_tables.with_tables(page.read_text(), report.MODULES) == page.read_text(), "make bench-docs"
+
+
+def test_a_second_run_without_results_is_an_error(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    folder = str(report.store.RESULTS / report.README_MACHINE)
+    assert cli.main(["report", "--results", folder, "--again", str(tmp_path)]) == 1
+    assert f"no results in {tmp_path}" in capsys.readouterr().err
