@@ -42,7 +42,7 @@ class AcceleratedNystromAttention(package.NystromAttention):
             pinv_init="global_max",
         )
         if self.residual:
-            output = output + depthwise_convolution(value, self.get_parameter("res_conv.weight")[:, 0, :, 0])
+            output = output + depthwise_convolution(value, self.res_conv.weight[:, 0, :, 0])
         return self.to_out(output.transpose(1, 2).flatten(2))[:, -tokens:]
 
     def _means(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

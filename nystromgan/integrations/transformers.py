@@ -43,7 +43,7 @@ class AcceleratedSelfAttention(NystromformerSelfAttention):
             pinv_init="global_max" if self.init_option == "original" else "per_matrix",
         )
         if self.conv_kernel_size is not None:
-            output = output + depthwise_convolution(value, self.get_parameter("conv.weight")[:, 0, :, 0])
+            output = output + depthwise_convolution(value, self.conv.weight[:, 0, :, 0])
         return (output.transpose(1, 2).flatten(2),)
 
     def _check_length(self, tokens: int) -> None:

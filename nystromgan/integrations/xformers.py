@@ -72,6 +72,8 @@ class NystromAttention(nn.Module):
         """
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             _check.tensor(name, tensor, 3)
+        if self.skip_connection is not None and v.shape[0] % self.num_heads:
+            raise ValueError(f"v must have a multiple of num_heads {self.num_heads} as rows, got {v.shape[0]}")
         mask = None
         if key_padding_mask is not None:
             _check.size("q", q, 1, k.shape[1], "k's tokens, with key_padding_mask")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm as LegacyHook
 
+from nystromgan.nn._pickle import make_picklable
 from nystromgan.nn._scaled_input import PLAIN, ScaledInput
 from nystromgan.nn.spectral_norm import SpectralNorm
 from nystromgan.ops.power_iteration import power_iteration, power_iteration_step, spectral_normalize
@@ -117,6 +118,7 @@ def _adopt(module: nn.Module) -> None:
         for i, parametrization in enumerate(chain):
             if type(parametrization) is parametrizations._SpectralNorm:
                 chain[i] = _recast(parametrization, SpectralNorm)
+                make_picklable(module)
     for key, hook in module._forward_pre_hooks.items():
         if type(hook) is LegacyHook:
             module._forward_pre_hooks[key] = _recast(hook, FusedLegacyHook)

@@ -8,6 +8,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 from nystromgan import _check
+from nystromgan.nn._pickle import make_picklable
 from nystromgan.ops.power_iteration import normalize_by, power_iteration, spectral_normalize
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -153,4 +154,5 @@ def spectral_norm(
     if dim is None:
         dim = int(isinstance(module, TRANSPOSED))
     parametrize.register_parametrization(module, name, SpectralNorm(weight, n_power_iterations, dim, eps))
+    make_picklable(module)
     return module

@@ -137,5 +137,7 @@ def test_refuses() -> None:
         module(*inputs, torch.ones(4, 37, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="key_padding_mask must be bool, or hold 0 and -inf alone"):
         module(*inputs, torch.rand(2, 37))
+    with pytest.raises(ValueError, match=f"v must have a multiple of num_heads {HEADS} as rows, got 1"):
+        NystromAttention(0.0, HEADS, 5, conv_kernel_size=3)(*(x[:1] for x in inputs))
     with pytest.raises(ValueError, match="q axis 1 must be 37"):
         module(inputs[0][:, :9], *inputs[1:], torch.ones(2, 37, dtype=torch.bool))

@@ -1,14 +1,16 @@
 """What each of two processes of test_distributed.py runs: `python distributed_worker.py NAME RANK FILE`."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import spectral_norm as legacy_spectral_norm
 
-from nystromgan.nn import NystromAttention, SelfAttention2d, fuse_spectral_norm, spectral_norm
+from nystromgan.nn import NystromAttention, SelfAttention2d, SelfAttention3d, fuse_spectral_norm, spectral_norm
 
 STEPS, BATCH, RATE = 4, 4, 0.05
 
@@ -25,16 +27,33 @@ class Attention(nn.Module):
         return self.head(self.attention(x, x, x)[0])
 
 
-def discriminator() -> nn.Sequential:
+def discriminator(norm: Callable = spectral_norm) -> nn.Sequential:
     """Images (B, 3, 8, 8) -> logits (B, 1)."""
     attention = SelfAttention2d(8, num_landmarks=(2, 2), query_channels=4)
     nn.init.constant_(attention.gamma, 0.5)
     return nn.Sequential(
-        spectral_norm(nn.Conv2d(3, 8, 3, padding=1)),
+        norm(nn.Conv2d(3, 8, 3, padding=1)),
         nn.LeakyReLU(0.2),
         attention,
         nn.Flatten(),
-        spectral_norm(nn.Linear(512, 6)),
+        norm(nn.Linear(512, 6)),
+        nn.Tanh(),
+        norm(nn.Linear(6, 1)),
+    )
+
+
+def video_discriminator() -> nn.Sequential:
+    """Clips (B, 2, 4, 6, 6) -> logits (B, 1): clusters on pooled keys, and landmarks drawn in each forward."""
+    pooled = SelfAttention3d(4, num_landmarks=(2, 2, 2), query_channels=2, pool=(1, 2, 2), cluster_iterations=1)
+    drawn = SelfAttention3d(4, num_landmarks=9, query_channels=2, landmarks="random")
+    for attention in (pooled, drawn):
+        nn.init.constant_(attention.gamma, 0.5)
+    return nn.Sequential(
+        spectral_norm(nn.Conv3d(2, 4, 3, padding=1)),
+        pooled,
+        drawn,
+        nn.Flatten(),
+        spectral_norm(nn.Linear(576, 6)),
         nn.Tanh(),
         spectral_norm(nn.Linear(6, 1)),
     )
@@ -44,6 +63,8 @@ MODELS = {
     "attention": (Attention, (40, 16)),
     "discriminator": (discriminator, (3, 8, 8)),
     "fused discriminator": (lambda: fuse_spectral_norm(discriminator()), (3, 8, 8)),
+    "fused legacy discriminator": (lambda: fuse_spectral_norm(discriminator(legacy_spectral_norm)), (3, 8, 8)),
+    "video discriminator": (lambda: fuse_spectral_norm(video_discriminator()), (2, 4, 6, 6)),
 }
 
 

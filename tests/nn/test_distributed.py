@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 WORKER = pathlib.Path(__file__).with_name("distributed_worker.py")
-MODELS = ("attention", "discriminator", "fused discriminator")
+MODELS = (
+    "attention", "discriminator", "fused discriminator", "fused legacy discriminator", "video discriminator"
+)  # fmt: skip
 States = list[dict[str, dict[str, Tensor]]]
 
 

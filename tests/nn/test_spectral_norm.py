@@ -1,6 +1,7 @@
 """spectral_norm and fuse_spectral_norm: torch's values over training, its state dict, and a cheap eval."""
 
 import copy
+import io
 import pickle
 import sys
 from collections.abc import Callable
@@ -365,7 +366,8 @@ def test_a_layer_that_is_not_linear_in_its_weight_keeps_its_input() -> None:
     torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["ours", "ours fused", "torch fused"])
+@every_form
+@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")  # of torch's older form, without us too
 def test_exports_in_eval(form: str) -> None:
     model, _ = _pair(form)
     x = _images()
@@ -373,19 +375,69 @@ def test_exports_in_eval(form: str) -> None:
     torch.testing.assert_close(program.module()(x), model(x))
 
 
-@pytest.mark.parametrize("form", ["ours", "ours fused", "torch fused"])
-def test_copies(form: str) -> None:
+def _pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def _saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@every_form
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled, _saved])
+def test_copies_go_on_as_the_model_does(form: str, duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model, _ = _pair(form)
     x = _images()
     model(x)
+    if form == "legacy fused":  # a training forward leaves its graph on the module, which torch does not copy
+        with torch.no_grad():
+            model(x)
+    twin = duplicate(duplicate(model))
+    assert list(twin.state_dict()) == list(model.state_dict())
+    for training in (True, False, True):
+        outputs = [one.train(training)(x) for one in (model, twin)]
+        assert torch.equal(*outputs)
+        grads = [
+            torch.autograd.grad(y.sum(), list(one.parameters())) for y, one in zip(outputs, (model, twin), strict=True)
+        ]
+        assert all(map(torch.equal, *grads))
     with torch.no_grad():
-        expected = model.eval()(x)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(x), expected)
-    twin.train()(x)
-    norm = model[0].parametrizations.weight[0]  # torch refuses to pickle a parametrized module, but not its parts
-    assert pickle.loads(pickle.dumps(norm))._cached is None
-    other, _ = _pair(form)
+        twin[0].bias.add_(1)
+    assert not torch.equal(twin(x), model(x))
+
+
+def test_pickling_keeps_other_parametrizations_names_and_ties() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    globals()["Doubled"] = Doubled  # pickle finds classes by name
+    Doubled.__qualname__ = "Doubled"
+    module = spectral_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    nn.utils.parametrize.register_parametrization(module, "weight_ih_l0", Doubled())
+    module.again = module.parametrizations.weight_ih_l0.original
+    try:
+        twin = _pickled(module)
+    finally:
+        del globals()["Doubled"]
+    assert type(twin).__name__ == "ParametrizedLSTM"
+    assert twin.again is twin.parametrizations.weight_ih_l0.original
+    module.eval(), twin.eval()
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(twin(x)[0], module(x)[0])
+    nn.utils.parametrize.remove_parametrizations(twin, "weight_hh_l0")
+    assert torch.equal(twin.weight_hh_l0, module.weight_hh_l0)
+
+
+@every_form
+def test_functional_call(form: str) -> None:
+    (model, _), (other, _) = _pair(form), _pair(form)
+    x = _images()
+    model(x)
+    expected = model.eval()(x)
     torch.testing.assert_close(torch.func.functional_call(other.eval(), dict(model.state_dict()), x), expected)
     torch.testing.assert_close(other(x), other(x))
 
@@ -428,6 +480,27 @@ def test_buffers_are_found_under_their_names(form: str) -> None:
     found = spectral_norm_buffers(model)
     assert found == {name for name in model.state_dict() if name.endswith(("_u", "_v"))}
     assert len(found) == 8
+
+
+@every_form
+def test_an_average_of_weights_that_copies_the_buffers_works(form: str) -> None:
+    """The helper's purpose: averaged u and v are no unit vectors."""
+    model, _ = _pair(form)
+    buffers = spectral_norm_buffers(model)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(_images()).sum().backward()
+        optimizer.step()
+    state = model.state_dict()
+    for copied in (buffers, set()):
+        average = {name: value if name in copied else (start[name] + value) / 2 for name, value in state.items()}
+        twin, _ = _pair(form)
+        twin.load_state_dict(average)
+        lengths = torch.stack([twin.state_dict()[name].norm() for name in buffers])
+        assert torch.allclose(lengths, torch.ones(len(buffers))) == bool(copied)
+    assert twin(_images()).isfinite().all()
 
 
 def test_a_legacy_checkpoint_loads_after_conversion() -> None:
