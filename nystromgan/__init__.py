@@ -1,6 +1,7 @@
 """Landmark attention, exact spatio-temporal attention, spectral norm: fused kernels and modules for PyTorch."""
 
 from nystromgan._backend import UnsupportedError, available_backends
+from nystromgan._recycled import empty_cache
 from nystromgan.functional import (
     iterative_pinv,
     nystrom_attention,
@@ -25,6 +26,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "available_backends",
+    "empty_cache",
     "fuse_spectral_norm",
     "iterative_pinv",
     "nystrom_attention",

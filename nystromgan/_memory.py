@@ -5,6 +5,8 @@ import gc
 import pathlib
 from collections.abc import Callable
 
+from nystromgan._recycled import empty_cache
+
 STATUS = pathlib.Path("/proc/self/status")
 # The environment of a process that measures: large blocks go back to the system when freed, so that each call starts
 # from the same base.
@@ -20,6 +22,7 @@ def resident(field: str) -> int:
 def extra_peak_bytes(call: Callable[[], object]) -> int:
     """The most resident bytes during one call, less those just before it; Linux only."""
     gc.collect()
+    empty_cache()
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = resident("VmRSS")

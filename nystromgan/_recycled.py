@@ -1,17 +1,25 @@
-"""Memory that a training step uses again, once nobody holds what the last step made in it.
+"""Memory that a call uses again, once nobody holds what an earlier call made in it.
 
-What is as large as a network's weights comes from the system page by page, and each page is filled with zeros first: of
-the 22 ms that W / sigma of a 20-layer discriminator (56 MB) added to its forward, that was 18 (2 cores).
+New memory comes from the system page by page, and each page is filled with zeros first. Of the 22 ms that W / sigma of
+a 20-layer discriminator (56 MB) added to its forward, that was 18; of a forward of attention over 16384 tokens (34 MB),
+6 of 30 (2 cores). glibc's heap keeps what is smaller than LEAST_POOLED and asks the system for the rest in every call.
 """
+
+import math
+import os
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils.weak import WeakTensorKeyDictionary
 
-LEAST_BYTES = 2**17  # below it glibc's heap serves without new pages
+from nystromgan import _library
+
+LEAST_KEPT = 2**17  # bytes: below it the heap serves without new pages
 MOST_KEPT = 4  # storages a weight: two normalised weights and two gradients, for losses of D(real) and D(fake)
+LEAST_POOLED = 2**25  # bytes; csrc/cpu/binding.h has it too
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a weight -> what was made for it, as long as it lives
+_pool: list[UntypedStorage] = []  # what was made for nobody in particular, the latest last
 
 
 def empty_like(weight: Tensor) -> Tensor:
@@ -20,23 +28,54 @@ def empty_like(weight: Tensor) -> Tensor:
     Its memory is new, or that of an earlier one whose last tensor or view is gone.
     """
     size = weight.numel() * weight.element_size()
-    if weight.device.type != "cpu" or size < LEAST_BYTES:
+    if weight.device.type != "cpu" or size < LEAST_KEPT:
         return weight.new_empty(weight.shape)
     owner = weight if weight._base is None else weight._base
     storages: list[UntypedStorage] = _kept.setdefault(owner, [])
+    tensor = _empty(weight, list(weight.shape), storages, size)
+    del storages[:-MOST_KEPT]
+    return tensor
+
+
+def empty_cache() -> None:
+    """Gives back to the system the memory that calls on the CPU keep for the next ones.
+
+    Kept are outputs and gradients of attention from 32 MiB on, a sixteenth of the machine's memory at most, and up to
+    four tensors for each spectrally normalised weight. What a tensor still holds stays.
+    """
+    _pool.clear()
+    _kept.clear()
+
+
+def _from_pool(like: Tensor, shape: list[int]) -> Tensor:
+    """As `empty_like`, of any shape."""
+    tensor = _empty(like, shape, _pool, like.element_size() * math.prod(shape))
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
+    while len(_pool) > 1 and sum(storage.nbytes() for storage in _pool) > most:
+        _pool.pop(0)
+    return tensor
+
+
+def _empty(like: Tensor, shape: list[int], storages: list[UntypedStorage], size: int) -> Tensor:
+    """An empty tensor on one of the storages of `size` bytes that nothing else holds, or on a new one, put last."""
     for _ in range(len(storages)):
         storage = storages.pop(0)  # out of the list while it is looked at: another thread finds it nowhere
         if storage.nbytes() == size and _is_free(storage):
-            tensor = weight.new_empty(0).set_(storage, 0, weight.shape)  # type: ignore[call-overload]  # strides may be left out
+            tensor = like.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]  # strides may be left out
             storages.append(storage)
             return tensor
         storages.append(storage)
-    tensor = weight.new_empty(weight.shape)
+    tensor = like.new_empty(shape)
     storages.append(tensor.untyped_storage())
-    del storages[:-MOST_KEPT]
     return tensor
 
 
 def _is_free(storage: UntypedStorage) -> bool:
     """Whether no tensor has it but this list, in this process or another."""
     return torch._C._storage_Use_Count(storage._cdata) == 1 and not storage.is_shared()
+
+
+# What the native library calls for its large outputs.
+_library.define(
+    "empty_recycled(Tensor like, SymInt[] shape) -> Tensor", _from_pool, lambda like, shape: like.new_empty(shape)
+)

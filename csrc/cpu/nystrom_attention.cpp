@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       means_of(query, query_landmarks, num_landmarks), means_of(key, key_landmarks, num_landmarks),
       empty(query, small, ScalarType::Float), empty(query, small, ScalarType::Float),
       empty(query, {batch, heads, num_landmarks}, ScalarType::Float)};
-  const Tensor output = empty(query, {batch, heads, query.size(2), value_dim}, query.scalar_type());
+  const Tensor output = empty_recycled(query, {batch, heads, query.size(2), value_dim});
   if (batch * heads > 0)
     nystrom_forward(
         {problem(query, key, value, saved, plan, num_landmarks, scale, pinv_iterations, global_init),
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     int64_t pinv_iterations, bool global_init) {
   const Plan plan(query_index, key_index, key_padding_mask, query_landmark_mask, key_landmark_mask, exact_rows);
   const Saved saved{query_means, key_means, context, mixed, logsumexp};
-  auto like = [](const Tensor& x) { return empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()); };
+  auto like = [](const Tensor& x) { return empty_recycled(x, {x.size(0), x.size(1), x.size(2), x.size(3)}); };
   const Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
   const Tensor grad_query_means = like(query_means), grad_key_means = like(key_means);
   if (query.size(0) * query.size(1) > 0)

@@ -19,9 +19,8 @@ Maps maps(const Tensor& tensor) {
 
 // An empty (B, H, channels, tokens), contiguous as it reads or, token-major, as (B, H, tokens, channels).
 Tensor empty_maps(const Tensor& like, int64_t channels, int64_t tokens, bool token_major) {
-  const ScalarType type = like.scalar_type();
-  if (!token_major) return empty(like, {like.size(0), like.size(1), channels, tokens}, type);
-  return torch::stable::transpose(empty(like, {like.size(0), like.size(1), tokens, channels}, type), 2, 3);
+  if (!token_major) return empty_recycled(like, {like.size(0), like.size(1), channels, tokens});
+  return torch::stable::transpose(empty_recycled(like, {like.size(0), like.size(1), tokens, channels}), 2, 3);
 }
 
 // Keys that follow each other unmasked: `count` of them from `first`, at `packed` when the masked ones are taken out.
