@@ -90,11 +90,18 @@ inline void pack_tiles(
   for_tiles(0, major, src, major, k, major_stride, k_stride, tiles, 1, [](auto... tile) { pack_tile<left>(tile...); });
 }
 
+// Where the tiles of a left operand lie, in values: of 16 rows, of 32 k, of a row.
+struct LeftTiles {
+  const BFloat16* data;
+  int64_t strip, step, row;
+};
+
 // C [16 row_tiles, 16 col_tiles], summed over `depth` tiles of k; B's tiles come in `parts` that share A's.
 template <int row_tiles, int col_tiles, bool accumulate>
 NYSTROMGAN_INLINE void multiply_tiles(
-    const BFloat16* a, const BFloat16* b, int64_t depth, int64_t parts, float* c, int64_t ldc) {
-  const int64_t stride = ldc * sizeof(float), next_a = depth * kTileSize, next_b = parts * depth * kTileSize;
+    LeftTiles left, const BFloat16* b, int64_t depth, int64_t parts, float* c, int64_t ldc) {
+  const int64_t stride = ldc * sizeof(float), next_b = parts * depth * kTileSize, row = left.row * sizeof(BFloat16);
+  const BFloat16* a = left.data;
   float* const lower = c + kTileRows * ldc;
   if constexpr (accumulate) {
     _tile_loadd(0, c, stride);
@@ -107,9 +114,9 @@ NYSTROMGAN_INLINE void multiply_tiles(
     if constexpr (row_tiles == 2) _tile_zero(2);
     if constexpr (row_tiles == 2 && col_tiles == 2) _tile_zero(3);
   }
-  for (int64_t i = 0; i < depth; ++i, a += kTileSize) {
-    _tile_loadd(4, a, 64);
-    if constexpr (row_tiles == 2) _tile_loadd(5, a + next_a, 64);
+  for (int64_t i = 0; i < depth; ++i, a += left.step) {
+    _tile_loadd(4, a, row);
+    if constexpr (row_tiles == 2) _tile_loadd(5, a + left.strip, row);
     for (int64_t part = 0; part < parts; ++part, b += kTileSize) {
       _tile_loadd(6, b, 64);
       _tile_dpbf16ps(0, 4, 6);
@@ -128,9 +135,7 @@ NYSTROMGAN_INLINE void multiply_tiles(
 }
 
 struct AmxEngine {
-  struct Left {
-    const BFloat16* tiles;
-  };
+  using Left = LeftTiles;
   struct Right {
     const BFloat16* tiles;
     int64_t parts;  // 2: a high and a low part in turn, tile by tile along k
@@ -171,11 +176,11 @@ struct AmxEngine {
       }
       if constexpr (as_right) _mm512_storeu_si512(right_at(row, col), interleave_halves(both));
     }
-    Left left() const { return {left_}; }
+    Left left() const { return packed(left_, cols_); }
     Right right() const { return {right_, 1}; }
 
    private:
-        BFloat16* left_at(int64_t row, int64_t col) {
+    BFloat16* left_at(int64_t row, int64_t col) {
       return left_ + (row / kTileRows * depth_of(cols_) + col / kTileDepth) * kTileSize + row % kTileRows * kTileDepth +
              col % kTileDepth;
     }
@@ -202,9 +207,13 @@ struct AmxEngine {
 
   template <class S>
   static Left left(const S* src, int64_t rows, int64_t k, int64_t row_stride, int64_t k_stride, float* scratch) {
+    // Whole tiles of bfloat16 rows are used where they lie.
+    if constexpr (sizeof(S) == sizeof(BFloat16))
+      if (k_stride == 1 && rows % kTileRows == 0 && k % kTileDepth == 0)
+        return {src, kTileRows * row_stride, kTileDepth, row_stride};
     BFloat16* tiles = reinterpret_cast<BFloat16*>(scratch);
     pack_tiles<true>(src, rows, k, row_stride, k_stride, tiles);
-    return {tiles};
+    return packed(tiles, k);
   }
   template <class S>
   static Right right(const S* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
@@ -230,14 +239,22 @@ struct AmxEngine {
     const int64_t depth = depth_of(k);
     int64_t row = 0;
     for (; row + kTileRows < rows; row += 2 * kTileRows)
-      multiply_row<2, accumulate>(cols, depth, a.tiles + row * depth * kTileDepth, b, c + row * ldc, ldc);
-    if (row < rows) multiply_row<1, accumulate>(cols, depth, a.tiles + row * depth * kTileDepth, b, c + row * ldc, ldc);
+      multiply_row<2, accumulate>(cols, depth, from_row(a, row), b, c + row * ldc, ldc);
+    if (row < rows) multiply_row<1, accumulate>(cols, depth, from_row(a, row), b, c + row * ldc, ldc);
     asm volatile("" ::: "memory");
   }
 
  private:
+  static Left packed(const BFloat16* tiles, int64_t k) {
+    return {tiles, depth_of(k) * kTileSize, kTileSize, kTileDepth};
+  }
+  static Left from_row(Left a, int64_t row) {
+    a.data += row / kTileRows * a.strip;
+    return a;
+  }
+
   template <int row_tiles, bool accumulate>
-  static void multiply_row(int64_t cols, int64_t depth, const BFloat16* a, Right b, float* c, int64_t ldc) {
+  static void multiply_row(int64_t cols, int64_t depth, Left a, Right b, float* c, int64_t ldc) {
     const int64_t column_size = b.parts * depth * kTileDepth;  // of a column of B
     int64_t col = 0;
     for (; col + kTileRows < cols; col += 2 * kTileRows)

@@ -176,4 +176,24 @@ inline void scatter(
   }
 }
 
+// `scatter` of each row times its factor; src is scaled in place where columns are apart.
+template <class T>
+inline void scatter_scaled(
+    float* src, int64_t ld, int64_t rows, int64_t cols, const float* factor, T* dst, int64_t row_stride,
+    int64_t col_stride) {
+  const int64_t whole = cols / kLanes * kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    float* from = src + r * ld;
+    const Vec scale = splat(factor[r]);
+    if (col_stride != 1) {
+      for (int64_t c = 0; c < round_up(cols, kLanes); c += kLanes) store(from + c, scale * load(from + c));
+      continue;
+    }
+    T* to = dst + r * row_stride;
+    for (int64_t c = 0; c < whole; c += kLanes) store(to + c, scale * load(from + c));
+    if (whole < cols) store_first(to + whole, scale * load(from + whole), cols - whole);
+  }
+  if (col_stride != 1) scatter(src, ld, rows, cols, dst, row_stride, col_stride);
+}
+
 }  // namespace nystromgan::NYSTROMGAN_ISA

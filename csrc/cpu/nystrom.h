@@ -61,7 +61,26 @@ struct Prefetch {
   }
 };
 
-// E::multiply with a prefetch spread over it; in one burst it would fill the line buffers and stall the product.
+// The same a few lines at a time, for loops that compute between a product and the next.
+template <class T>
+struct PrefetchLines {
+  Prefetch<T> next;
+  int64_t steps;  // of the loop
+  int64_t lines = steps > 0 ? (next.rows * ((next.dim * int64_t{sizeof(T)} + 63) / 64) + steps - 1) / steps : 0;
+  const T* at = next.x;
+  int64_t r = 0, c = 0;
+
+  NYSTROMGAN_INLINE void step() {
+    for (int64_t i = 0; i < lines && r < next.rows; ++i) {
+      __builtin_prefetch(at + c, 0, 2);
+      c += 64 / sizeof(T);
+      if (c >= next.dim) c = 0, ++r, at += next.token;
+    }
+  }
+};
+
+// E::multiply with a prefetch spread over it; in one burst it would fill the line buffers and stall the product. Products
+// on tiles are too short to hide one, and what the processor foresees by itself is as fast.
 template <class E, class T, bool accumulate>
 inline void multiply_ahead(
     int64_t rows, int64_t cols, int64_t k, typename E::Left a, typename E::Right b, float* c, int64_t ldc,
@@ -76,8 +95,8 @@ inline void multiply_ahead(
       }
       return;
     }
+    next(0, 1);
   }
-  next(0, 1);
   E::template multiply<accumulate>(rows, cols, k, a, b, c, ldc);
 }
 
@@ -89,7 +108,9 @@ inline void prefault_rows(const Tokens& x, int64_t b, int64_t h, int64_t n, int6
   if (x.channel != 1 || x.token != dim) return;
   const int64_t address = reinterpret_cast<int64_t>(row<T>(x, b, h, n));
   const int64_t begin = round_up(address, kPage), end = (address + rows * dim * int64_t{sizeof(T)}) / kPage * kPage;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+  unsigned char present = 0;  // whether the first page is: memory that is used again has all of them
+  if (end <= begin || (mincore(reinterpret_cast<void*>(begin), kPage, &present) == 0 && present & 1)) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
 #else
   (void)x, (void)b, (void)h, (void)n, (void)rows, (void)dim;
 #endif
@@ -199,10 +220,13 @@ inline void scale_to_base_2(const float* means, int64_t size, float scale, float
 
 // Turns rows of base-2 logits [rows, ld] into 2^(x - max), times 1 / sum with normalise, else leaving that factor in
 // inverse_sum. The first m columns count, less those masked; the others become zero, as does a row with none that counts.
-template <bool normalise>
-inline void softmax_rows(float* logits, int64_t rows, int64_t m, int64_t ld, const bool* mask, float* inverse_sum) {
+// each_row() is called before each row.
+template <bool normalise, class EachRow>
+inline void softmax_rows(
+    float* logits, int64_t rows, int64_t m, int64_t ld, const bool* mask, float* inverse_sum, EachRow each_row) {
   const int64_t padded = round_up(m, kLanes);
   for (int64_t r = 0; r < rows; ++r) {
+    each_row();
     float* x = logits + r * ld;
     for (int64_t i = m; i < padded; ++i) x[i] = -kInfinity;
     if (mask != nullptr)
@@ -226,6 +250,11 @@ inline void softmax_rows(float* logits, int64_t rows, int64_t m, int64_t ld, con
       inverse_sum[r] = inverse;
     }
   }
+}
+
+template <bool normalise>
+inline void softmax_rows(float* logits, int64_t rows, int64_t m, int64_t ld, const bool* mask, float* inverse_sum) {
+  softmax_rows<normalise>(logits, rows, m, ld, mask, inverse_sum, [] {});
 }
 
 // The core A = softmax(s Q~ K~^T) as a square; rows of absent query landmarks are zero.

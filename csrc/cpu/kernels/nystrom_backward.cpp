@@ -49,10 +49,13 @@ struct Backward {
       const Tokens &q = p.query, &g = f.grad_output;
       E::template multiply<false>(
           rows, m, d, E::left(query, rows, d, q.token, q.channel, left), landmarks, factor, ldm);
-      softmax_rows<true>(factor, rows, m, ldm, absent, nullptr);
+      const int64_t next = min(block, last - n - rows);
+      PrefetchLines<T> next_query{{query + block * q.token, q.token, next, d}, rows};
+      PrefetchLines<T> next_grad{{grad_output + block * g.token, g.token, next, e}, rows};
+      softmax_rows<true>(factor, rows, m, ldm, absent, nullptr, [&] { next_query.step(); });
       E::template multiply<false>(
           rows, m, e, E::left(grad_output, rows, e, g.token, g.channel, left), transposed_w, grad, ldm);
-      softmax_rows_backward(factor, grad, rows);
+      softmax_rows_backward(factor, grad, rows, next_grad);
       // [M, queries] x [queries, E or D]
       E::template multiply<true>(
           m, e, rows, E::left(as_const(factor), m, rows, 1, ldm, left),
@@ -70,8 +73,9 @@ struct Backward {
   int64_t max_dim() const { return d > e ? d : e; }
 
   // grad [rows, M] of the softmax becomes that of its logits' source: s P (dP - sum P dP).
-  void softmax_rows_backward(const float* factor, float* grad, int64_t rows) const {
+  void softmax_rows_backward(const float* factor, float* grad, int64_t rows, PrefetchLines<T>& ahead) const {
     for (int64_t r = 0; r < rows; ++r) {
+      ahead.step();
       const float* weight = factor + r * ldm;
       float* to = grad + r * ldm;
       Vec sum{};
@@ -200,7 +204,10 @@ struct Backward {
       E::template multiply<false>(rows, m, d, E::left(key, rows, d, k.token, k.channel, left), landmarks, factor, ldm);
       E::template multiply<false>(rows, m, e, E::left(value, rows, e, v.token, v.channel, left), transposed, grad, ldm);
       const bool masked = mask != nullptr && zero_masked(factor, grad, mask + n, rows);
-      softmax_columns_backward(factor, grad, rows, lse, delta);
+      const int64_t next = min(block, last - n - rows);
+      PrefetchLines<T> next_key{{key + block * k.token, k.token, next, d}, rows};
+      PrefetchLines<T> next_value{{value + block * v.token, v.token, next, e}, rows};
+      softmax_columns_backward(factor, grad, rows, lse, delta, next_key, next_value);
       // [keys, M] x [M, E or D]
       E::template multiply<false>(
           rows, e, m, E::left(as_const(factor), rows, m, ldm, 1, left), plain_grad, grad_value, lde);
@@ -241,14 +248,19 @@ struct Backward {
   }
 
   // Base-2 logits [keys, M] become G^T, and dG^T becomes s G (dG - delta).
-  void softmax_columns_backward(float* factor, float* grad, int64_t rows, const float* lse, const float* delta) const {
-    for (int64_t n = 0; n < rows; ++n)
+  void softmax_columns_backward(
+      float* factor, float* grad, int64_t rows, const float* lse, const float* delta, PrefetchLines<T>& next_key,
+      PrefetchLines<T>& next_value) const {
+    for (int64_t n = 0; n < rows; ++n) {
+      next_key.step();
+      next_value.step();
       for (int64_t c = 0; c < ldm; c += kLanes) {
         const int64_t at = n * ldm + c;
         const Vec weight = exp2(load(factor + at) - load(lse + c));
         store(factor + at, weight);
         store(grad + at, p.scale * weight * (load(grad + at) - load(delta + c)));
       }
+    }
   }
 
   // grad [rows, ld] of the keys [n, n + rows) += the gradient of their landmark's mean.

@@ -58,7 +58,9 @@ struct Forward {
       if (f.pool_key)  // here the keys are in cache: a pass of its own costs a twentieth of the forward
         add_to_landmarks(key, p.key.token, p.key.channel, row(p.key_index, b, h) + n, count, d, sums + key_sums);
       const bool masked = mask != nullptr && mask_rows(logits, mask + n, count);
-      add_block(logits, count, sums, tops, totals);
+      add_block(
+          logits, count, sums, tops, totals, {key + block * p.key.token, p.key.token, next, d},
+          {value + block * p.value.token, p.value.token, next, e});
       const auto weights = E::left(as_const(logits), m, count, 1, ldm, left);  // [M, keys]
       // [M, keys] x [keys, E]
       if (masked) {
@@ -92,14 +94,20 @@ struct Forward {
   }
 
   // Logits [keys, M] become weights against the running maxima of their columns; the sums so far are rescaled.
-  void add_block(float* logits, int64_t count, float* sums, float* tops, float* totals) const {
+  void add_block(
+      float* logits, int64_t count, float* sums, float* tops, float* totals, Prefetch<T> next_key,
+      Prefetch<T> next_value) const {
+    const int64_t strips = ldm / kLanes, half = strips / 2;
+    PrefetchLines<T> keys{next_key, (strips - half) * count}, values{next_value, half * count};
     for (int64_t c = 0; c < ldm; c += kLanes) {
       const Vec before = load(tops + c);
       Vec top = before;
       for (int64_t n = 0; n < count; ++n) top = max(top, load(logits + n * ldm + c));
       const Vec shift = top == -kInfinity ? Vec{} : top;
       Vec sum{};
+      PrefetchLines<T>& ahead = c < half * kLanes ? values : keys;
       for (int64_t n = 0; n < count; ++n) {
+        if constexpr (E::kRowPad > 1) ahead.step();
         const Vec weight = exp2(load(logits + n * ldm + c) - shift);
         store(logits + n * ldm + c, weight);
         sum += weight;
@@ -182,17 +190,21 @@ struct Forward {
       const int64_t count = min(block, last - n);
       const auto queries = E::left(row<T>(p.query, b, h, n), count, d, p.query.token, p.query.channel, left);
       // [queries, D] x [D, M]
-      multiply_ahead<E, T, false>(
-          count, m, d, queries, keys, logits, ldm,
-          {row<T>(p.query, b, h, n + count), p.query.token, min(block, last - n - count), d});
-      softmax_rows<false>(logits, count, m, ldm, mask, inverse);
+      const Prefetch<T> next{row<T>(p.query, b, h, n + count), p.query.token, min(block, last - n - count), d};
+      multiply_ahead<E, T, false>(count, m, d, queries, keys, logits, ldm, next);
+      PrefetchLines<T> ahead{next, count};
+      softmax_rows<false>(logits, count, m, ldm, mask, inverse, [&] {
+        if constexpr (E::kRowPad > 1) ahead.step();
+      });
       const auto weights = E::left(as_const(logits), count, m, ldm, 1, left);
       // [queries, M] x [M, E]
       float* to = in_place ? reinterpret_cast<float*>(row<T>(f.output, b, h, n)) : result;
       E::template multiply<false>(count, e, m, weights, values, to, in_place ? f.output.token : lde);
-      for (int64_t r = 0; r < count; ++r)
-        scale_in_place(lde, inverse[r], to + r * (in_place ? f.output.token : lde));
-      if (!in_place) scatter(result, lde, count, e, row<T>(f.output, b, h, n), f.output.token, f.output.channel);
+      if (in_place) {
+        for (int64_t r = 0; r < count; ++r) scale_in_place(lde, inverse[r], to + r * f.output.token);
+      } else {
+        scatter_scaled(result, lde, count, e, inverse, row<T>(f.output, b, h, n), f.output.token, f.output.channel);
+      }
     }
   }
 
