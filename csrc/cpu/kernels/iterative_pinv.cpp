@@ -52,7 +52,7 @@ void forward(const PinvForward& p) {
     Scratch a(size), chain(8 * size), scratch(size);
     load_square(m, p.matrix + i * m * m, a);
     const float c = initial_scale(norm.column(i), norm.row(i));
-    store_square(m, pinv_chain(team, m, a, c, p.iterations, false, chain, scratch), p.inverse + i * m * m);
+    store_square(m, pinv_chain(team, m, a, c, p.iterations, p.iterations, false, chain, scratch), p.inverse + i * m * m);
   });
 }
 
@@ -74,7 +74,7 @@ void backward(const PinvBackward& p) {
     scaled_transpose(m, m, 1.0f, grad, square_ld(m), grad_z, square_ld(m));
     memset(grad_a, 0, size * sizeof(float));
     const float c = initial_scale(norm.column(i), norm.row(i));
-    pinv_chain(team, m, a, c, steps, true, chain, scratch);
+    pinv_chain(team, m, a, c, steps, steps, true, chain, scratch);
     pinv_chain_backward(team, m, a, steps, chain, grad_z, grad_a, scratch);
     grad_scale[i] = pinv_start_backward(m, a, c, grad_z, grad_a, grad);
     if (!p.forward.global_init) add_norms(i, a, grad_scale[i], true, true, grad);
