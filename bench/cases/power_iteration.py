@@ -35,8 +35,8 @@ def power_case(layers: int, training: bool, dtype: str) -> Case:
         drawn = [testing.normal(*size, dtype=DTYPES[dtype], device=device, seed=100 * seed + i) for i, size in sizes]
         return {f"w{i}": weight for i, weight in enumerate(drawn)}
 
-    # W / sigma; its gradient takes the same memory, as nothing here holds W / sigma any longer
-    held = by_mode(4.0 * elements, 4.0 * elements) if training else {}
+    # W / sigma, which the graph holds until W's gradient is there
+    held = by_mode(4.0 * elements, 8.0 * elements) if training else {}
     return Case(
         "power_iteration", "spectral norm" if training else "spectral norm, eval", {"layers": layers}, dtype, make,
         _ours if training else (lambda backend: _per_layer(SpectralNorm, training=False)),

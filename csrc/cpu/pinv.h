@@ -137,30 +137,6 @@ inline void square_product(ParallelRun team, int64_t m, const float* a, const fl
   product<accumulate>(team, m, m, m, {a, ld, 1}, b, ld, c, ld);
 }
 
-// Blocks of kLanes above the diagonal of a square become those below it, transposed; for the rows of block `i`.
-inline void mirror(int64_t m, int64_t i, float* c) {
-  const int64_t ld = square_ld(m), row = i * kLanes, whole = m / kLanes * kLanes;
-  for (int64_t col = row + kLanes; col < whole; col += kLanes) {
-    Vec x[kLanes];
-    for (int r = 0; r < kLanes; ++r) x[r] = load(c + (col + r) * ld + row);
-    transpose(x);
-    for (int r = 0; r < kLanes; ++r) store(c + (row + r) * ld + col, x[r]);
-  }
-  for (int64_t r = row; r < min(row + kLanes, whole); ++r)
-    for (int64_t col = whole; col < m; ++col) c[r * ld + col] = c[col * ld + r];
-}
-
-// C = A B of squares whose product is symmetric: half the work. Then finish(first, rows).
-template <class Finish>
-inline void symmetric_product(ParallelRun team, int64_t m, const float* a, const float* b, float* c, Finish finish) {
-  const int64_t ld = square_ld(m);
-  product<false, true>(team, m, m, m, {a, ld, 1}, b, ld, c, ld, [](int64_t, int64_t) {});
-  shared(team, (m + kLanes - 1) / kLanes, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) mirror(m, i, c);
-    finish(begin * kLanes, min(end * kLanes, m) - begin * kLanes);
-  });
-}
-
 // Rows of dst = diagonal I - src, on squares.
 inline void subtract_from_identity(
     int64_t m, float diagonal, const float* src, float* dst, int64_t first, int64_t rows) {
@@ -169,6 +145,38 @@ inline void subtract_from_identity(
     for (int64_t c = 0; c < ld; c += kLanes) store(dst + r * ld + c, -load(src + r * ld + c));
     dst[r * ld + r] += diagonal;
   }
+}
+
+// Blocks of kLanes above the diagonal of a square become those below it, transposed; for the rows of block `i`.
+inline void mirror(int64_t m, int64_t i, float* c) {
+  const int64_t ld = square_ld(m), row = i * kLanes, whole = m / kLanes * kLanes, padded = round_up(m, kLanes);
+  for (int64_t col = row + kLanes; col < whole; col += kLanes) {
+    Vec x[kLanes];
+    for (int r = 0; r < kLanes; ++r) x[r] = load(c + (col + r) * ld + row);
+    transpose(x);
+    for (int r = 0; r < kLanes; ++r) store(c + (row + r) * ld + col, x[r]);
+  }
+  for (int64_t r = row; r < min(row + kLanes, m); ++r) {
+    if (row < whole)
+      for (int64_t col = whole; col < m; ++col) c[r * ld + col] = c[col * ld + r];
+    for (int64_t col = m; col < padded; ++col) c[r * ld + col] = 0.0f;
+  }
+}
+
+// c = a b, then dst = diagonal I - c, of squares whose product is symmetric: half the work. c may be dst.
+inline void symmetric_product(
+    ParallelRun team, int64_t m, const float* a, const float* b, float* c, float diagonal, float* dst) {
+  const int64_t ld = square_ld(m);
+  product<false, true>(team, m, m, m, {a, ld, 1}, b, ld, c, ld, [&](int64_t first, int64_t rows) {
+    subtract_from_identity(m, diagonal, c, dst, first, rows);
+  });
+  // Above the diagonal alone is written here, and below it read, so that no thread waits for another.
+  shared(team, (m + kLanes - 1) / kLanes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      mirror(m, i, c);
+      if (dst != c) mirror(m, i, dst);
+    }
+  });
 }
 
 inline void scale_in_place(int64_t size, float factor, float* x) {
@@ -229,9 +237,10 @@ inline void pinv_factors(ParallelRun team, int64_t m, const float* a, PinvStep s
   const int64_t ld = square_ld(m);
   // kept = left right, then dst = diagonal I - kept
   auto times = [&](const float* left, const float* right, float* kept, float diagonal, float* dst) {
-    auto finish = [&](int64_t first, int64_t rows) { subtract_from_identity(m, diagonal, kept, dst, first, rows); };
-    if (symmetric) symmetric_product(team, m, left, right, kept, finish);
-    else product<false>(team, m, m, m, {left, ld, 1}, right, ld, kept, ld, finish);
+    if (symmetric) return symmetric_product(team, m, left, right, kept, diagonal, dst);
+    product<false>(team, m, m, m, {left, ld, 1}, right, ld, kept, ld, [&](int64_t first, int64_t rows) {
+      subtract_from_identity(m, diagonal, kept, dst, first, rows);
+    });
   };
   times(a, step.z, step.x, 7.0f, scratch);
   times(step.x, scratch, step.t2, 15.0f, step.t2);
