@@ -28,7 +28,7 @@ from nystromgan.bench.store import RESULTS
 from nystromgan.nn import NystromAttention, SelfAttention3d, fuse_spectral_norm, replace_attention, spectral_norm
 
 Row = dict[str, Any]
-ROUNDS = 7
+ROUNDS = 15
 Clock = Callable[[Callable[[], object]], float]  # seconds of a call
 DIGITS_STEPS = 400
 CROSSOVER_TOKENS = (256, 512, 1024, 2048, 4096)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nystromgan.bench import measure
+from nystromgan.bench import forms, gate
 from nystromgan.bench.case import Case
 from nystromgan.bench.cases import cases
 
@@ -20,7 +20,7 @@ SELECTED = [
     pytest.param(case, form, mode, id=f"{case.name}-{mode}-{form}")
     for case in cases(DEVICE, full=False)
     for mode in case.modes
-    for form in measure.forms_of(case, compiled=False)
+    for form in forms.forms_of(case, compiled=False)
     if form not in case.peers or (case.peers[form].flops <= LARGEST_FLOPS and mode in case.peers[form].modes)
 ]
 
@@ -28,10 +28,10 @@ SELECTED = [
 @pytest.mark.parametrize(("case", "form", "mode"), SELECTED)
 def test_speed(benchmark: Any, case: Case, form: str, mode: str) -> None:
     inputs = case.make(DEVICE, case.shape, 0)
-    function = measure.function_of(case, form)
-    found = measure.errors(case, form, function, inputs, measure.Exact(case, inputs, mode))
-    assert not measure.wrong(case, found), f"no speed of a wrong result: {found}"
+    function = forms.function_of(case, form)
+    found = gate.errors(case, form, function, inputs, gate.Exact(case, inputs, mode))
+    assert not gate.wrong(case, found), f"no speed of a wrong result: {found}"
     benchmark.group = f"{case.name}, {mode}"
     benchmark.extra_info = {"errors": found, "flops": case.flops[mode], "moved_bytes": case.moved_bytes[mode]}
-    call = measure.call_of(case, function, inputs, mode)
+    call = forms.call_of(case, function, inputs, mode)
     benchmark(call if DEVICE == "cpu" else lambda: (call(), torch.cuda.synchronize()))

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from nystromgan.bench import compare, landmarks, machine, measure, memory, runner, store
+from nystromgan.bench import compare, landmarks, machine, memory, runner, store
 from nystromgan.bench.case import DEVICES, MODES, OURS, Case
 from nystromgan.bench.cases import cases
+from nystromgan.bench.plan import QUICK, THOROUGH, Allowance, Plan
 
 PARTS = ("time", "landmarks", "memory")
 # From the start; --full ends within 40 minutes, of which no part starts anything after its own limit.
@@ -63,9 +64,9 @@ def selected(args: argparse.Namespace) -> list[Case]:
 def _times(chosen: list[Case], folder: pathlib.Path, args: argparse.Namespace, deadline: float) -> None:
     """Measures every case in every mode, and updates its op's file after each."""
     where, rates = machine.describe(args.device), machine.rates(args.device)
-    effort = measure.THOROUGH if args.full else measure.QUICK
-    compiling = measure.Allowance(COMPILING_S) if args.full and not args.no_compile else None
-    plan = measure.Plan(args.device, rates, effort, compiling)
+    effort = THOROUGH if args.full else QUICK
+    compiling = Allowance(COMPILING_S) if args.full and not args.no_compile else None
+    plan = Plan(args.device, rates, effort, compiling)
     pairs = [(case, mode) for case in chosen for mode in args.mode or MODES if mode in case.modes]
     for _ in runner.timed(pairs, plan, where, folder, steps(len(pairs)), deadline):
         pass

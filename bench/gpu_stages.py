@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from nystromgan import _backend
-from nystromgan.bench import machine, measure, runner
+from nystromgan.bench import machine, runner
 from nystromgan.bench.case import FORWARD, OURS, Case
 from nystromgan.bench.cases import cases
+from nystromgan.bench.plan import Allowance, Effort, Plan
 
 Row = dict[str, Any]
 ROOT = pathlib.Path(__file__).parents[1]
-TIME = measure.Effort(0.4, 3, 15, 1.0)
+TIME = Effort(0.4, 3, 15, 1.0)
 
 
 def op_test_rows(
@@ -50,8 +51,8 @@ def speed_rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, 
     where = machine.describe(device)
     chosen = [case for case in (_tiny() if tiny else cases(device)) if ops is None or case.op in ops]
     for compiled in (False,) if tiny else (False, True):
-        effort, backend = (measure.Effort(0.0, 2, 2), "triton") if tiny else (TIME, "auto")
-        plan = measure.Plan(device, rates, effort, measure.Allowance(budget_s) if compiled else None, backend)
+        effort, backend = (Effort(0.0, 2, 2), "triton") if tiny else (TIME, "auto")
+        plan = Plan(device, rates, effort, Allowance(budget_s) if compiled else None, backend)
         pairs = [(case, mode) for case in chosen for mode in case.modes if case.compiled_in_full or not compiled]
         for pair in pairs:
             if time.perf_counter() - started > budget_s:

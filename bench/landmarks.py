@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nystromgan.bench import clock, measure
+from nystromgan.bench.plan import Effort
 from nystromgan.nn import SelfAttention3d
 
 KINDS = {"segment": ("segment", 0), "grid": ("grid", 0), "random": ("random", 0), "clustered": ("grid", 2)}
@@ -69,7 +70,7 @@ def _times(exact: SelfAttention3d, features: Tensor, full: bool) -> dict[tuple[s
     """Median and quartiles of each block's forward, interleaved."""
     modules = {(EXACT, 0): exact, **dict(_modules(exact, full))}
     calls = {" ".join(map(str, key)): [lambda module=module: module(features)] for key, module in modules.items()}
-    effort = measure.Effort(4.0 if full else 1.0, 3, 9)
+    effort = Effort(4.0 if full else 1.0, 3, 9)
     with torch.no_grad():
         samples = measure.interleaved(calls, clock.CLOCKS[features.device.type], effort, every=True)
     return {key: measure.summary(samples[" ".join(map(str, key))], []) for key in modules}

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nystromgan.bench import measure
+from nystromgan.bench import forms, measure
 from nystromgan.bench.case import COMPILED, OURS, TUNED, Case
 from nystromgan.bench.cases import cases
 from nystromgan.testing import MEMORY_ENVIRONMENT, extra_peak_bytes
@@ -74,7 +74,7 @@ def on_gpu(keys: Sequence[Key]) -> Iterator[int]:
     """The most bytes that each call has allocated beyond those before it."""
     found = {case.name: case for case in cases("cuda")}
     for name, form, mode in keys:
-        call = measure.prepared(found[name], form, mode, "cuda")
+        call = forms.prepared(found[name], form, mode, "cuda")
         call()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -101,11 +101,11 @@ def on_cpu(keys: Sequence[Key]) -> Iterator[int | None]:
 
 def _peak(case: Case, form: str, mode: str) -> int:
     if form.endswith((COMPILED, TUNED)):  # compiled for one shape: its first call is compilation
-        call = measure.prepared(case, form, mode, "cpu")
+        call = forms.prepared(case, form, mode, "cpu")
         call()
         return extra_peak_bytes(call)
-    measure.prepared(case, form, mode, "cpu", case.small)()
-    call = measure.prepared(case, form, mode, "cpu")
+    forms.prepared(case, form, mode, "cpu", case.small)()
+    call = forms.prepared(case, form, mode, "cpu")
     return extra_peak_bytes(call)
 
 

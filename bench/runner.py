@@ -8,13 +8,14 @@ from typing import Any
 
 from nystromgan.bench import measure, store
 from nystromgan.bench.case import OURS, Case
+from nystromgan.bench.plan import Plan
 
 Pair = tuple[Case, str]  # a case and a mode
 
 
 def timed(
     pairs: Iterable[Pair],
-    plan: measure.Plan,
+    plan: Plan,
     where: dict[str, Any],
     folder: pathlib.Path,
     progress: Callable[[str], None],
@@ -37,7 +38,7 @@ def timed(
         yield case, mode, new
 
 
-def _rows(case: Case, mode: str, plan: measure.Plan) -> list[store.Row]:
+def _rows(case: Case, mode: str, plan: Plan) -> list[store.Row]:
     try:
         return measure.rows(case, mode, plan)
     except Exception as error:  # one case must not end a run of forty minutes

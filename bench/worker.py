@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import nystromgan
-from nystromgan.bench import clock, measure
+from nystromgan.bench import clock, forms, gate
 from nystromgan.bench.case import OURS
 from nystromgan.bench.cases import cases
 
@@ -19,10 +19,10 @@ def prepare(name: str, mode: str, device: str) -> tuple[list[clock.Call], int]:
     count = timer.number_of_sets(sum(x.numel() * x.element_size() for x in first.values()))
     sets = [first, *(case.make(device, case.shape, seed) for seed in range(1, count))]
     function = case.ours("auto")
-    found = measure.errors(case, OURS, function, first, measure.Exact(case, first, mode))
-    if measure.wrong(case, found):
+    found = gate.errors(case, OURS, function, first, gate.Exact(case, first, mode))
+    if gate.wrong(case, found):
         raise ArithmeticError(f"wrong, errors {found}")
-    calls = [measure.call_of(case, function, inputs, mode) for inputs in sets]
+    calls = [forms.call_of(case, function, inputs, mode) for inputs in sets]
     return calls, clock.repeats(timer, calls)
 
 

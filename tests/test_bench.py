@@ -12,13 +12,26 @@ import torch
 
 from nystromgan import cli, testing
 from nystromgan.bench import cli as bench_cli
-from nystromgan.bench import clock, compare, gpu_stages, machine, measure, memory, runner, store, tables, targets
+from nystromgan.bench import (
+    clock,
+    compare,
+    forms,
+    gpu_stages,
+    machine,
+    measure,
+    memory,
+    runner,
+    store,
+    tables,
+    targets,
+)
 from nystromgan.bench.case import COMPILED, FORWARD, OURS, PASSES, Case, Peer
 from nystromgan.bench.cases import cases
+from nystromgan.bench.plan import Allowance, Effort, Plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 RATES = {"gemm_fp32_flop_per_s": 1e13, "gemm_bf16_flop_per_s": 1e13, "copy_bytes_per_s": 1e10}
-PLAN = measure.Plan("cpu", RATES, measure.Effort(0.0, 2, 2))
+PLAN = Plan("cpu", RATES, Effort(0.0, 2, 2))
 BATCH_WIDE = ("nystrom-attention package", "transformers")  # tests/integrations hold the second
 
 
@@ -59,7 +72,7 @@ def test_the_registry_computes_nothing() -> None:
 def test_every_form_is_right_and_timed(group: str, mode: str) -> None:
     case = small(group)
     rows = measure.rows(case, mode, PLAN)
-    assert [row["form"] for row in rows] == measure.forms_of(case, False)
+    assert [row["form"] for row in rows] == forms.forms_of(case, False)
     assert all(row["median_ms"] > 0 and row["errors"]["output"] < 0.05 for row in rows), rows
     assert rows[0]["form"] == OURS
     assert rows[0]["ratio"] == 1
@@ -89,13 +102,13 @@ def test_a_form_that_raises_says_why() -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # in what torch.compile imports
 def test_compiled_forms_are_beside_eager_ones() -> None:
     case = small("landmarks")._replace(compiled_in_full=True)
-    names = measure.forms_of(case, True)
+    names = forms.forms_of(case, True)
     assert names.index("two SDPA calls" + COMPILED) == names.index("two SDPA calls") + 1
     middle = next(case for case in cases(full=True) if case.group == "landmarks" and case.shape["N"] == 4096)
-    assert any("FlexAttention" in name for name in measure.forms_of(middle, True))
-    assert not any("FlexAttention" in name for name in measure.forms_of(middle, False))
+    assert any("FlexAttention" in name for name in forms.forms_of(middle, True))
+    assert not any("FlexAttention" in name for name in forms.forms_of(middle, False))
     peers = {"doubled": Peer(lambda: lambda matrix: matrix.exp(), compiled=True)}
-    function = measure.function_of(case._replace(peers=peers), "doubled" + COMPILED)
+    function = forms.function_of(case._replace(peers=peers), "doubled" + COMPILED)
     matrix = testing.normal(3, 3)
     assert testing.relative_error(function(matrix=matrix), matrix.exp()) < 1e-6
 
@@ -103,7 +116,7 @@ def test_compiled_forms_are_beside_eager_ones() -> None:
 def test_a_spent_allowance_leaves_out_what_compiles() -> None:
     case = small("landmarks")._replace(compiled_in_full=True)
     peers = {name: peer for name, peer in case.peers.items() if name == "two SDPA calls"}
-    rows = measure.rows(case._replace(peers=peers), "forward", PLAN._replace(compiling=measure.Allowance(0.0)))
+    rows = measure.rows(case._replace(peers=peers), "forward", PLAN._replace(compiling=Allowance(0.0)))
     assert [row["form"] for row in rows if "median_ms" in row] == [OURS, "two SDPA calls"]
     assert {row["not_run"] for row in rows[2:]} == {"the time for torch.compile was spent"}
 
@@ -134,7 +147,7 @@ def test_progress_tells_the_time_left(capsys: pytest.CaptureFixture) -> None:
 def test_a_backward_alone_is_what_both_passes_add() -> None:
     case = small("maps")
     inputs = case.make("cpu", case.shape, 0)
-    calls = {mode: measure.call_of(case, case.ours("auto"), inputs, mode) for mode in case.modes}
+    calls = {mode: forms.call_of(case, case.ours("auto"), inputs, mode) for mode in case.modes}
     for alone, both in zip(calls["backward"](), calls["forward+backward"](), strict=True):
         assert torch.equal(alone, both)
     assert case.flops["forward"] + case.flops["backward"] == case.flops["forward+backward"]
@@ -150,7 +163,7 @@ def test_a_step_ends_with_the_optimizer_s_and_leaves_the_inputs() -> None:
         seen.append(matrix.detach().clone())
         return matrix.square()
 
-    step = measure.call_of(case, form, inputs, "forward+backward")
+    step = forms.call_of(case, form, inputs, "forward+backward")
     step()
     step()
     assert not torch.equal(seen[-1], seen[-2])
@@ -160,7 +173,7 @@ def test_a_step_ends_with_the_optimizer_s_and_leaves_the_inputs() -> None:
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     calls = {name: [lambda n=name: order.append(n)] for name in ("ours", "peer")}
-    samples = measure.interleaved(calls, clock.CLOCKS["cpu"], measure.Effort(0.0, 2, 2))
+    samples = measure.interleaved(calls, clock.CLOCKS["cpu"], Effort(0.0, 2, 2))
     assert order[-4:] == ["ours", "peer", "peer", "ours"]
     assert [len(times) for times in samples.values()] == [2, 2]
 
