@@ -67,9 +67,14 @@ class NystromAttention(nn.Module):
     ) -> Tensor:
         """q (B * H, N, D), k (B * H, S, D), v (B * H, S, E) -> (B * H, N, E).
 
+        Of tensors with more axes, tokens are the last but one, as in the original: of (B, N, H, D), as UniDepth's layers
+        pass it, the heads of each position attend to each other.
+
         key_padding_mask (B, S), (B * H, S) or (B * H, 1, S), with N = S: bool, True = keep as in xformers, or 0 and
         -inf. Padded tokens enter the landmarks as zeros, as they did. Other arguments are ignored, as they were.
         """
+        if isinstance(q, Tensor) and q.ndim > 3:
+            return self._over_more_axes(q, k, v, key_padding_mask)
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             _check.tensor(name, tensor, 3)
         if self.skip_connection is not None and v.shape[0] % self.num_heads:
@@ -83,6 +88,15 @@ class NystromAttention(nn.Module):
         if self.skip_connection is not None:
             x = x + self.skip_connection(v.unflatten(0, (-1, self.num_heads))).flatten(0, 1)
         return self.attn_drop(x)
+
+    def _over_more_axes(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        if key_padding_mask is not None:
+            raise ValueError(f"key_padding_mask must be None with q of more than 3 axes, got q of {q.ndim}")
+        for name, tensor in (("k", k), ("v", v)):
+            _check.tensor(name, tensor, q.ndim)
+            for axis in range(q.ndim - 2):
+                _check.size(name, tensor, axis, q.shape[axis], "q's")
+        return self.forward(*(tensor.flatten(0, -3) for tensor in (q, k, v))).unflatten(0, q.shape[:-2])
 
     def _approximate(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q_landmarks, k_landmarks = self.landmark_pooling(q), self.landmark_pooling(k)

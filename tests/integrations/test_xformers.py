@@ -85,6 +85,22 @@ def test_float32_and_the_forms_of_the_mask() -> None:
         assert torch.equal(module(*inputs, mask), expected)
 
 
+def test_more_axes() -> None:
+    """UniDepth's layers pass (B, N, H, D), of which the original took the heads for tokens: its weights rely on that."""
+    module = NystromAttention(num_landmarks=128, num_heads=HEADS, dropout=0.0)
+    q, k, v = torch.randn(3, BATCH, 37, HEADS, DIM).unbind()
+    expected = (q @ k.mT * DIM**-0.5).softmax(-1) @ v
+    torch.testing.assert_close(module(q, k, v, key_padding_mask=None), expected)
+    module = NystromAttention(0.0, HEADS, 5)
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, H, N, D)
+    expected = module(*(x.flatten(0, 1) for x in (q, k, v)))
+    assert torch.equal(module(q, k, v).flatten(0, 1), expected)
+    with pytest.raises(ValueError, match="key_padding_mask must be None with q of more than 3 axes, got q of 4"):
+        module(q, k, v, torch.ones(BATCH, 37, dtype=torch.bool))
+    with pytest.raises(ValueError, match=f"k axis 1 must be {HEADS}"):
+        module(q, k[:, :1], v)
+
+
 def test_skip_connections_and_pooling() -> None:
     inputs = _inputs()
     plain = NystromAttention(0.0, HEADS, 5)(*inputs)
