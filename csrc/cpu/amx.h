@@ -207,9 +207,10 @@ struct AmxEngine {
 
   template <class S>
   static Left left(const S* src, int64_t rows, int64_t k, int64_t row_stride, int64_t k_stride, float* scratch) {
-    // Whole tiles of bfloat16 rows are used where they lie.
+    // Whole tiles of bfloat16 rows are used where they lie, unless they are so far apart that they share sets of L1.
+    constexpr int64_t kFarthest = 1024;
     if constexpr (sizeof(S) == sizeof(BFloat16))
-      if (k_stride == 1 && rows % kTileRows == 0 && k % kTileDepth == 0)
+      if (k_stride == 1 && rows % kTileRows == 0 && k % kTileDepth == 0 && row_stride <= kFarthest)
         return {src, kTileRows * row_stride, kTileDepth, row_stride};
     BFloat16* tiles = reinterpret_cast<BFloat16*>(scratch);
     pack_tiles<true>(src, rows, k, row_stride, k_stride, tiles);

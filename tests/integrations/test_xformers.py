@@ -86,7 +86,7 @@ def test_float32_and_the_forms_of_the_mask() -> None:
 
 
 def test_more_axes() -> None:
-    """UniDepth's layers pass (B, N, H, D), of which the original took the heads for tokens: its weights rely on that."""
+    """UniDepth passes (B, N, H, D), of which the original took the heads for tokens: its weights were trained so."""
     module = NystromAttention(num_landmarks=128, num_heads=HEADS, dropout=0.0)
     q, k, v = torch.randn(3, BATCH, 37, HEADS, DIM).unbind()
     expected = (q @ k.mT * DIM**-0.5).softmax(-1) @ v
