@@ -280,13 +280,16 @@ inline float* pinv_chain(
   return pinv_step(chain, m, keep ? steps : steps % 2).z;
 }
 
-// y [rows, e] -> dst [rows, round_up(e, kLanes)], zeros in the last columns.
-inline void pad_columns(int64_t rows, int64_t e, const float* y, float* dst) {
-  const int64_t lde = round_up(e, kLanes);
+// y [rows, e] -> dst [rows, ldd], zeros in the columns up to round_up(e, kLanes).
+inline void pad_columns(int64_t rows, int64_t e, const float* y, float* dst, int64_t ldd) {
   for (int64_t r = 0; r < rows; ++r) {
-    memcpy(dst + r * lde, y + r * e, e * sizeof(float));
-    memset(dst + r * lde + e, 0, (lde - e) * sizeof(float));
+    memcpy(dst + r * ldd, y + r * e, e * sizeof(float));
+    memset(dst + r * ldd + e, 0, (round_up(e, kLanes) - e) * sizeof(float));
   }
+}
+
+inline void pad_columns(int64_t rows, int64_t e, const float* y, float* dst) {
+  pad_columns(rows, e, y, dst, round_up(e, kLanes));
 }
 
 // t = diagonal y - t over size floats.
@@ -370,11 +373,69 @@ inline void pinv_chain_backward(
   }
 }
 
+// The backward of the last step on thin matrices, w = 1/4 Z t3 with t1 = 7 y - A Z y, t2 = 15 y - A Z t1, t3 = 13 y - A Z t2:
+// grad_y [m, e], grad_z (transposed) of this Z, and what grad_a (transposed) gains.
+inline void pinv_last_step_backward(
+    ParallelRun team, int64_t m, const float* a, const float* z, const float* y, const float* grad_w, int64_t e,
+    float* grad_y, float* grad_z, float* grad_a) {
+  constexpr int kThin = 4;
+  const int64_t ld = square_ld(m), n = round_up(e, kLanes), wide = kThin * n, size = m * wide;
+  // Four matrices [m, n] side by side in each, so that sums of their outer products are one product:
+  // t3 / 4, t2, t1, y;  -, Z t2, Z t1, Z y;  dw and the gradients of the latter;  -, of A Z t2, A Z t1, A Z y.
+  Scratch t(size), zt(size), grad_zt(size), grad_azt(size), grad_t(m * n), sum(m * n), transposed(wide * ld);
+  auto part = [&](float* from, int i) { return from + i * n; };
+  auto times = [&](StridedMatrix left, const float* right, float* to, int64_t ldt) {
+    product<false>(team, m, n, m, left, right, wide, to, ldt);
+  };
+  auto each = [&](auto body) {
+    for (int64_t r = 0; r < m; ++r)
+      for (int64_t k = 0; k < n; k += kLanes) body(r * wide + k, r * n + k);
+  };
+  const StridedMatrix whole{a, ld, 1}, inverse{z, ld, 1}, whole_t{a, 1, ld}, inverse_t{z, 1, ld};
+  constexpr float kDiagonal[kThin] = {13.0f, 15.0f, 7.0f, 1.0f};  // y's factor in t3, t2, t1, y
+
+  pad_columns(m, e, y, part(t, 3), wide);
+  for (int i = 3; i > 0; --i) {
+    times(inverse, part(t, i), part(zt, i), wide);
+    times(whole, part(zt, i), part(t, i - 1), wide);
+    const float* const start = part(t, 3);
+    float* const next = part(t, i - 1);
+    each([&](int64_t at, int64_t) { store(next + at, kDiagonal[i - 1] * load(start + at) - load(next + at)); });
+  }
+
+  pad_columns(m, e, grad_w, part(grad_zt, 0), wide);
+  times(inverse_t, part(grad_zt, 0), grad_t, n);
+  each([&](int64_t at, int64_t dense) {
+    const Vec grad = 0.25f * load(grad_t + dense);
+    store(grad_t + dense, grad);
+    store(sum + dense, kDiagonal[0] * grad);
+    store(t + at, 0.25f * load(t + at));
+  });
+  for (int i = 1; i < kThin; ++i) {
+    float* const to = part(grad_azt, i);
+    each([&](int64_t at, int64_t dense) { store(to + at, -load(grad_t + dense)); });
+    times(whole_t, to, part(grad_zt, i), wide);
+    times(inverse_t, part(grad_zt, i), grad_t, n);
+    each([&](int64_t, int64_t dense) { store(sum + dense, load(sum + dense) + kDiagonal[i] * load(grad_t + dense)); });
+  }
+  for (int64_t r = 0; r < m; ++r) memcpy(grad_y + r * e, sum + r * n, e * sizeof(float));
+
+  scaled_transpose(m, wide, 1.0f, grad_zt, wide, transposed, ld);
+  product<false>(team, m, ld, wide, {t, wide, 1}, transposed, ld, grad_z, ld);
+  scaled_transpose(m, wide - n, 1.0f, part(grad_azt, 1), wide, transposed, ld);
+  product<true>(team, m, ld, wide - n, {part(zt, 1), wide, 1}, transposed, ld, grad_a, ld);
+}
+
 // The backward of pinv_apply, w = Z y: from grad_w [m, e] gives grad_y [m, e], grad_z (transposed) of Z_0, and adds to
 // grad_a (transposed). `chain` holds 4 (steps + 1) squares, `scratch` five.
 inline void pinv_apply_backward(
     ParallelRun team, int64_t m, const float* a, float c, int64_t steps, const float* y, const float* grad_w, int64_t e,
     float* grad_y, float* grad_z, float* grad_a, float* chain, float* scratch) {
+  if (steps > 0 && kThinRatio * e < m) {
+    const float* z = pinv_chain(team, m, a, c, steps - 1, steps, true, chain, scratch);
+    pinv_last_step_backward(team, m, a, z, y, grad_w, e, grad_y, grad_z, grad_a);
+    return pinv_chain_backward(team, m, a, steps - 1, chain, grad_z, grad_a, scratch);
+  }
   const int64_t ld = square_ld(m), lde = round_up(e, kLanes);
   Scratch padded(m * lde), transposed(e * ld), result(m * lde);
   const float* z = pinv_chain(team, m, a, c, steps, steps, true, chain, scratch);

@@ -67,8 +67,8 @@ class NystromAttention(nn.Module):
     ) -> Tensor:
         """q (B * H, N, D), k (B * H, S, D), v (B * H, S, E) -> (B * H, N, E).
 
-        Of tensors with more axes, tokens are the last but one, as in the original: of (B, N, H, D), as UniDepth passes it,
-        the heads of each position attend to each other.
+        Of tensors with more axes, tokens are the last but one, as in the original: of UniDepth's (B, N, H, D), heads
+        of one position attend to each other.
 
         key_padding_mask (B, S), (B * H, S) or (B * H, 1, S), with N = S: bool, True = keep as in xformers, or 0 and
         -inf. Padded tokens enter the landmarks as zeros, as they did. Other arguments are ignored, as they were.
