@@ -183,12 +183,20 @@ inline void scale_in_place(int64_t size, float factor, float* x) {
   for (int64_t i = 0; i < size; i += kLanes) store(x + i, factor * load(x + i));
 }
 
-// dst [cols, ldd] = factor * src^T of src [rows, lds], zero up to ldd.
+// dst [cols, ldd] = factor * src^T of src [rows, lds], zero up to ldd, a multiple of kLanes.
 inline void scaled_transpose(
     int64_t rows, int64_t cols, float factor, const float* src, int64_t lds, float* dst, int64_t ldd) {
-  for (int64_t c = 0; c < cols; ++c) {
-    for (int64_t r = 0; r < rows; ++r) dst[c * ldd + r] = factor * src[r * lds + c];
-    memset(dst + c * ldd + rows, 0, (ldd - rows) * sizeof(float));
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const int64_t width = min(kLanes, cols - c);
+    for (int64_t r = 0; r < ldd; r += kLanes) {
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const float* from = src + (r + i) * lds + c;
+        x[i] = r + i >= rows ? Vec{} : width == kLanes ? load(from) : load_first(from, width);
+      }
+      transpose(x);
+      for (int64_t i = 0; i < width; ++i) store(dst + (c + i) * ldd + r, factor * x[i]);
+    }
   }
 }
 
@@ -198,20 +206,23 @@ struct Norms {
   int64_t column_index = 0, row_index = 0;
 };
 
+NYSTROMGAN_INLINE Vec magnitudes(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); }
+
 inline bool larger(float x, float y) { return x > y || (x != x && y == y); }
 
 inline Norms norms(int64_t m, const float* a, float* scratch /* ld */) {
-  const int64_t ld = square_ld(m);
+  const int64_t ld = square_ld(m), padded = round_up(m, kLanes);
   memset(scratch, 0, ld * sizeof(float));
   Norms best;
   for (int64_t r = 0; r < m; ++r) {
-    float sum = 0;
-    for (int64_t c = 0; c < m; ++c) {
-      const float magnitude = __builtin_fabsf(a[r * ld + c]);
+    Vec sum{};
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const Vec magnitude = magnitudes(load(a + r * ld + c));
       sum += magnitude;
-      scratch[c] += magnitude;
+      store(scratch + c, load(scratch + c) + magnitude);
     }
-    if (larger(sum, best.row)) best.row = sum, best.row_index = r;
+    const float total = reduce_add(sum);
+    if (larger(total, best.row)) best.row = total, best.row_index = r;
   }
   for (int64_t c = 0; c < m; ++c)
     if (larger(scratch[c], best.column)) best.column = scratch[c], best.column_index = c;
