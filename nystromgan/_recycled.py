@@ -2,11 +2,13 @@
 
 New memory comes from the system page by page, and each page is filled with zeros first. Of the 22 ms that W / sigma of
 a 20-layer discriminator (56 MB) added to its forward, that was 18; of a forward of attention over 16384 tokens (34 MB),
-6 of 30 (2 cores). glibc's heap keeps what is smaller than LEAST_POOLED and asks the system for the rest in every call.
+6 of 30 (2 cores). glibc's heap keeps what is below 32 MiB and asks the system for the rest in every call, so the native
+library takes its outputs from here from that size on.
 """
 
 import math
 import os
+import threading
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -16,10 +18,10 @@ from nystromgan import _library
 
 LEAST_KEPT = 2**17  # bytes: below it the heap serves without new pages
 MOST_KEPT = 4  # storages a weight: two normalised weights and two gradients, for losses of D(real) and D(fake)
-LEAST_POOLED = 2**25  # bytes; csrc/cpu/binding.h has it too
 
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # a weight -> what was made for it, as long as it lives
 _pool: list[UntypedStorage] = []  # what was made for nobody in particular, the latest last
+_lock = threading.RLock()  # over both
 
 
 def empty_like(weight: Tensor) -> Tensor:
@@ -31,9 +33,10 @@ def empty_like(weight: Tensor) -> Tensor:
     if weight.device.type != "cpu" or size < LEAST_KEPT:
         return weight.new_empty(weight.shape)
     owner = weight if weight._base is None else weight._base
-    storages: list[UntypedStorage] = _kept.setdefault(owner, [])
-    tensor = _empty(weight, list(weight.shape), storages, size)
-    del storages[:-MOST_KEPT]
+    with _lock:
+        storages: list[UntypedStorage] = _kept.setdefault(owner, [])
+        tensor = _empty(weight, list(weight.shape), storages, size)
+        del storages[:-MOST_KEPT]
     return tensor
 
 
@@ -43,28 +46,27 @@ def empty_cache() -> None:
     Kept are outputs and gradients of attention from 32 MiB on, a sixteenth of the machine's memory at most, and up to
     four tensors for each spectrally normalised weight. What a tensor still holds stays.
     """
-    _pool.clear()
-    _kept.clear()
+    with _lock:
+        _pool.clear()
+        _kept.clear()
 
 
 def _from_pool(like: Tensor, shape: list[int]) -> Tensor:
     """As `empty_like`, of any shape."""
-    tensor = _empty(like, shape, _pool, like.element_size() * math.prod(shape))
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16
-    while len(_pool) > 1 and sum(storage.nbytes() for storage in _pool) > most:
-        _pool.pop(0)
+    with _lock:
+        tensor = _empty(like, shape, _pool, like.element_size() * math.prod(shape))
+        while sum(storage.nbytes() for storage in _pool) > most:
+            _pool.pop(0)
     return tensor
 
 
 def _empty(like: Tensor, shape: list[int], storages: list[UntypedStorage], size: int) -> Tensor:
     """An empty tensor on one of the storages of `size` bytes that nothing else holds, or on a new one, put last."""
-    for _ in range(len(storages)):
-        storage = storages.pop(0)  # out of the list while it is looked at: another thread finds it nowhere
+    for i, storage in enumerate(storages):
         if storage.nbytes() == size and _is_free(storage):
-            tensor = like.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]  # strides may be left out
-            storages.append(storage)
-            return tensor
-        storages.append(storage)
+            storages.append(storages.pop(i))
+            return like.new_empty(0).set_(storage, 0, shape)  # type: ignore[call-overload]  # strides may be left out
     tensor = like.new_empty(shape)
     storages.append(tensor.untyped_storage())
     return tensor

@@ -1,5 +1,7 @@
 """Memory that is used again: only what nothing holds, for a limited size, given back when asked."""
 
+import concurrent.futures
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,7 @@ from nystromgan import _recycled
 from nystromgan.testing import relative_error
 
 pytestmark = pytest.mark.skipif(bool(nystromgan.available_backends()["cpu"]), reason="needs the native CPU library")
-TOKENS = 2**17  # times 64 channels of float32: LEAST_POOLED
+TOKENS = 2**17  # times 64 channels of float32: 32 MiB, from which memory is kept
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +95,7 @@ def test_maps_too() -> None:
 def test_what_is_kept_is_limited_and_given_back(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_recycled.os, "sysconf", lambda name: 2**25 // 2**12 * 3 * 16 if "PHYS" in name else 2**12)
     held = [_attend(tokens) for _ in range(5)]
-    kept = len(_recycled._pool)
+    kept = len(_recycled._pool)  # counted apart, as pytest would show every byte of a storage
     assert kept == 3
     assert len({out.data_ptr() for out in held}) == 5
     nystromgan.empty_cache()
@@ -104,3 +106,28 @@ def test_what_is_kept_is_limited_and_given_back(tokens: Tensor, monkeypatch: pyt
     _attend(tokens[:, :, 1:])
     kept = len(_recycled._pool)
     assert kept == 0  # below the size from which it pays
+
+
+def test_threads_share_it() -> None:
+    """Each finds memory of its own, whatever the others take, give back or drop meanwhile."""
+    weight = torch.randn(256, 256)
+    interval = sys.getswitchinterval()
+
+    def work(seed: int) -> bool:
+        value = torch.full((1,), float(seed))
+        for step in range(400):
+            made = [_recycled.empty_like(weight), _recycled._from_pool(weight, [32 + seed % 2, 256])]
+            for tensor in made:
+                tensor.copy_(value.expand_as(tensor))
+            if step % 2 == 0:
+                nystromgan.empty_cache()
+            if not all((tensor == seed).all() for tensor in made):
+                return False
+        return True
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
