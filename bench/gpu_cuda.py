@@ -1,8 +1,11 @@
 """The cuda stage: compute-sanitizer over the C++ kernels, and their time beside the other backends', launch by launch.
 
-Times are of CUDA graphs that are replayed, so that what Python takes does not enter.
+Times are of CUDA graphs that are replayed, so that what Python takes does not enter. nystrom_attention of few tokens is
+one launch on cuda; "cuda, many launches" are those of longer sequences, on the same inputs.
 """
 
+import contextlib
+import ctypes
 import functools
 import pathlib
 import shutil
@@ -16,12 +19,13 @@ from typing import Any
 import torch
 
 import nystromgan
-from nystromgan import _backend, testing
+from nystromgan import _backend, _native, testing
 from nystromgan.bench import gpu_checks
 
 Row = dict[str, Any]
 TOOLS = ("memcheck", "racecheck")
-BACKENDS = ("cuda", "triton", "reference")
+MANY = "cuda, many launches"  # of nystrom_attention alone
+BACKENDS = ("cuda", MANY, "triton", "reference")
 REPLAYS, REPEATS = 20, 9
 
 
@@ -36,14 +40,39 @@ def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder
         for tool in TOOLS:
             if ops is None or op in ops:
                 yield _sanitized(op, tool, budget_s)
+    if ops is None or "nystrom_attention" in ops:
+        yield from _many_launch_rows()
     for op, name, function, inputs in _cases():
-        for backend in BACKENDS:
+        for backend in BACKENDS if op == "nystrom_attention" else [x for x in BACKENDS if x != MANY]:
             for mode in ("forward", "both"):
                 if (ops is None or op in ops) and time.perf_counter() - started < budget_s:
                     row = {"op": op, "case": name, "backend": backend, "mode": mode}
                     yield gpu_checks._guarded(
                         op, backend, name, lambda r=row, i=inputs, f=function: {**r, **_timed(f, i, r)}
                     )
+
+
+@contextlib.contextmanager
+def _launches(form: str) -> Iterator[str]:
+    """The backend of a form; within, nystrom_attention takes no single launch where the form is MANY."""
+    if form != MANY:
+        yield form
+        return
+    allow = ctypes.CDLL(str(_native.library_path(_native.CUDA_LIBRARY))).nystromgan_cuda_allow_single_launch
+    allow(0)
+    try:
+        yield "cuda"
+    finally:
+        allow(1)
+
+
+def _many_launch_rows() -> Iterator[Row]:
+    """The correctness stage's rows of nystrom_attention, whose sizes are those of the single launch, without it."""
+    for check in gpu_checks.checks(tiny=False):
+        for dtype in _backend.NATIVE_DTYPES if check.op == "nystrom_attention" else ():
+            with _launches(MANY) as backend:
+                errors = functools.partial(gpu_checks._errors, check, dtype, backend, "cuda")
+                yield gpu_checks._guarded(check.op, MANY, f"{check.name} {dtype}", errors)
 
 
 def _sanitized(op: str, tool: str, budget_s: float) -> Row:
@@ -66,7 +95,7 @@ def _cases() -> Iterator[tuple[str, str, Callable[..., torch.Tensor], dict[str, 
         for batch in (1, 64):
             matrix = testing.normal(batch, size, size, device="cuda").softmax(-1)
             yield "iterative_pinv", f"M={size} batch={batch}", nystromgan.iterative_pinv, {"matrix": matrix}
-    for tokens in (1024, 4096, 8192, 16384, 65536):
+    for tokens in (1024, 2048, 4096, 8192, 16384, 65536):
         inputs = testing.attention_inputs(1, 8, tokens, head_dim=64, dtype=torch.bfloat16, device="cuda")
         yield "nystrom_attention", f"H=8 N={tokens} D=64 M=64", nystromgan.nystrom_attention, inputs
     for channels, values, side in ((32, 128, 64), (8, 64, 64), (32, 128, 128)):
@@ -76,11 +105,16 @@ def _cases() -> Iterator[tuple[str, str, Callable[..., torch.Tensor], dict[str, 
 
 
 def _timed(function: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], row: Row) -> Row:
-    leaves = {name: x.detach().requires_grad_(row["mode"] == "both") for name, x in inputs.items()}
+    with _launches(row["backend"]) as backend:
+        return _times(function, inputs, backend, row["mode"] == "both")
+
+
+def _times(function: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], backend: str, backward: bool) -> Row:
+    leaves = {name: x.detach().requires_grad_(backward) for name, x in inputs.items()}
 
     def call() -> None:
-        output = function(**leaves, backend=row["backend"])
-        if row["mode"] == "both":
+        output = function(**leaves, backend=backend)
+        if backward:
             torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output))
 
     stream = torch.cuda.Stream()
@@ -108,9 +142,11 @@ def main(op: str) -> int:
     wrong = 0
     for check in gpu_checks.checks(tiny=False):
         for dtype in (torch.float32, torch.bfloat16):
-            if check.op == op:
-                errors = functools.partial(gpu_checks._errors, check, dtype, "cuda", "cuda")
-                wrong += bool(gpu_checks._guarded(op, "cuda", check.name, errors)["wrong"])
+            for form in ("cuda", MANY) if op == "nystrom_attention" else ("cuda",):
+                if check.op == op:
+                    with _launches(form) as backend:
+                        errors = functools.partial(gpu_checks._errors, check, dtype, backend, "cuda")
+                        wrong += bool(gpu_checks._guarded(op, form, check.name, errors)["wrong"])
     if op == "power_iteration":
         wrong += bool(gpu_checks._power_errors(torch.float32, "cuda", "cuda", False)["wrong"])
     return min(wrong, 1)

@@ -3,6 +3,7 @@
 `make cuda-check` builds it; without it these tests have nothing to read.
 """
 
+import ctypes
 import pathlib
 import re
 import subprocess
@@ -83,6 +84,12 @@ def test_every_entry_point_is_registered() -> None:
         "    assert torch._C._dispatch_has_kernel_for_dispatch_key(f'nystromgan::{name}_native', 'CUDA'), name\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@built
+def test_the_single_launch_can_be_turned_off() -> None:
+    """For measurements beside the other path."""
+    ctypes.CDLL(str(FOLDER / _native.CUDA_LIBRARY)).nystromgan_cuda_allow_single_launch(1)
 
 
 @built

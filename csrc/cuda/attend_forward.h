@@ -131,56 +131,80 @@ DEVICE void write_output(const AttendForward& p, const Place& place, Fragment (&
   }
 }
 
+// Keys and values that come by, STEP tokens at a time through `stages` buffers of shared memory.
 template <class T, int CHANNELS, int STEP, bool CHANNEL_MAJOR>
-DEVICE void attend_forward(const AttendForward& p) {
-  const AttendSizes& sizes = p.sizes;
-  const Place place = place_of(sizes);
-  const int dim = padded_channels(sizes.dim), first_channel = place.slice * CHANNELS;
-  const int value_dim = minimum(padded_channels(sizes.value_dim - first_channel), CHANNELS);
-  using Rows = Tile<T, kBlockRows<T>, CHANNEL_MAJOR>;
+struct Passing {
   using Others = Tile<T, STEP, CHANNEL_MAJOR>;
-  T* s = reinterpret_cast<T*>(shared_memory());
-  const Rows query{s, dim};
-  s += Rows::elements(dim);
-  const int stage_elements = Others::elements(dim) + Others::elements(value_dim);
-  const Head<T> queries = head_of<T>(p.query, place.batch, place.head, sizes.rows, sizes.dim);
-  const Head<T> keys = head_of<T>(p.key, place.batch, place.head, place.end_other, sizes.dim);
-  const Head<T> values = head_of<T>(p.value, place.batch, place.head, place.end_other, sizes.value_dim, first_channel);
-  const uint8_t* mask = p.mask ? p.mask + place.batch * sizes.others : nullptr;
-  const int steps = ceil_div(place.end_other - place.first_other, STEP);
-  auto key_tile = [&](int step) { return Others{s + step % sizes.stages * stage_elements, dim}; };
-  auto value_tile = [&](int step) { return Others{key_tile(step).data + Others::elements(dim), value_dim}; };
-  auto copy_step = [&](int step) {
-    if (step < steps) {
-      copy_tile(key_tile(step), keys, place.first_other + step * STEP, mask);
-      copy_tile(value_tile(step), values, place.first_other + step * STEP, mask);
-    }
-  };
-  for (int row_step = 0; row_step < sizes.row_steps; ++row_step) {
-    const int block_row = (place.group * sizes.row_steps + row_step) * kBlockRows<T>, own_row = 16 * warp_index();
-    if (block_row >= sizes.rows) break;
-    copy_tile(query, queries, block_row, nullptr);
-    const bool here = row_step > 0 && steps <= sizes.stages;  // all keys are, from the rows before
-    Softmax<STEP / 8> softmax;
-    Fragment output[CHANNELS / 8];
-    clear(output);
-    for (int step = -sizes.stages; step < steps; ++step) {
+  T* buffers;
+  Head<T> keys, values;
+  const uint8_t* mask;         // of one row of the batch
+  int dim, value_dim, stages;  // channels, padded
+  int first, end;              // tokens
+  float scale_log2;
+
+  DEVICE int steps() const { return ceil_div(end - first, STEP); }
+  DEVICE Others key(int step) const {
+    return {buffers + step % stages * (Others::elements(dim) + Others::elements(value_dim)), dim};
+  }
+  DEVICE Others value(int step) const { return {key(step).data + Others::elements(dim), value_dim}; }
+  DEVICE void copy(int step) const {
+    if (step >= steps()) return;
+    copy_tile(key(step), keys, first + step * STEP, mask);
+    copy_tile(value(step), values, first + step * STEP, mask);
+  }
+
+  // Rows [row, row + 16) of `query` over all of them, which are `here` where buffers already hold them.
+  template <int ROWS>
+  DEVICE void attend(Softmax<STEP / 8>& softmax, Fragment (&output)[CHANNELS / 8],
+                     const Tile<T, ROWS, CHANNEL_MAJOR>& query, int row, bool here) const {
+    for (int step = -stages; step < steps(); ++step) {
       if (step >= 0) {
-        if (sizes.stages == 2)
+        if (stages == 2)
           wait_copies<1>();
         else
           wait_copies<0>();
         sync_block();
         Fragment c[STEP / 8];
-        logits(c, query, key_tile(step), own_row);
-        mask_logits<STEP>(c, sizes.scale_log2, place.first_other + step * STEP, place.end_other, mask);
+        logits(c, query, key(step), row);
+        mask_logits<STEP>(c, scale_log2, first + step * STEP, end, mask);
         softmax.update(c, output);
-        add_weighted<CHANNELS>(output, c, value_tile(step), 0);
+        add_weighted<CHANNELS>(output, c, value(step), 0);
         sync_block();
       }
-      if (!here) copy_step(step + sizes.stages);
+      if (!here) copy(step + stages);
       commit_copies();
     }
+  }
+};
+
+template <class T, int CHANNELS, int STEP, bool CHANNEL_MAJOR>
+DEVICE void attend_forward(const AttendForward& p) {
+  const AttendSizes& sizes = p.sizes;
+  const Place place = place_of(sizes);
+  const int dim = padded_channels(sizes.dim), first_channel = place.slice * CHANNELS;
+  using Rows = Tile<T, kBlockRows<T>, CHANNEL_MAJOR>;
+  T* s = reinterpret_cast<T*>(shared_memory());
+  const Rows query{s, dim};
+  const Head<T> queries = head_of<T>(p.query, place.batch, place.head, sizes.rows, sizes.dim);
+  const Passing<T, CHANNELS, STEP, CHANNEL_MAJOR> passing{
+      s + Rows::elements(dim),
+      head_of<T>(p.key, place.batch, place.head, place.end_other, sizes.dim),
+      head_of<T>(p.value, place.batch, place.head, place.end_other, sizes.value_dim, first_channel),
+      p.mask ? p.mask + place.batch * sizes.others : nullptr,
+      dim,
+      minimum(padded_channels(sizes.value_dim - first_channel), CHANNELS),
+      sizes.stages,
+      place.first_other,
+      place.end_other,
+      sizes.scale_log2};
+  for (int row_step = 0; row_step < sizes.row_steps; ++row_step) {
+    const int block_row = (place.group * sizes.row_steps + row_step) * kBlockRows<T>, own_row = 16 * warp_index();
+    if (block_row >= sizes.rows) break;
+    copy_tile(query, queries, block_row, nullptr);
+    Softmax<STEP / 8> softmax;
+    Fragment output[CHANNELS / 8];
+    clear(output);
+    passing.attend(softmax, output, query, own_row, row_step > 0 && passing.steps() <= sizes.stages);
     write_output<T, CHANNELS>(p, place, output, softmax.largest, softmax.total, block_row + own_row);
   }
 }

@@ -30,6 +30,10 @@ namespace nystromgan {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+struct alignas(16) Four {
+  float x[4];
+};
+
 struct Fragment {  // float32 results of m16n8: rows g and g + 8, columns 2t and 2t + 1, where lane = 4g + t
   float x[4];
 };
@@ -70,6 +74,7 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 inline float load_float(const float* p) { return *p; }
+inline Four load_four(const float* p) { return *reinterpret_cast<const Four*>(p); }
 
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return float_of(uint32_t{x.bits} << 16); }
@@ -233,6 +238,10 @@ DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 // Past the first level of cache, where another multiprocessor's writes do not show.
 DEVICE float load_float(const float* p) { return __ldcg(p); }
+DEVICE Four load_four(const float* p) {
+  const float4 x = __ldcg(reinterpret_cast<const float4*>(p));
+  return {{x.x, x.y, x.z, x.w}};
+}
 
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }

@@ -8,6 +8,7 @@
 
 #include "landmark_launch.h"
 #include "pinv_launch.h"
+#include "single_launch.h"
 
 namespace nystromgan {
 namespace {
@@ -92,10 +93,11 @@ Tensor inverse_of(const Call& call, const Tensor& core) {
   return inverse;
 }
 
-Tensor means_of(const Tensor& tokens, const OptionalTensor& given, const OptionalTensor& index, int64_t landmarks) {
-  if (!given) return index_means(tokens, *index, landmarks, std::nullopt);
+// The landmarks as they are given, or the tokens' means, which are only made room for without `pool`.
+Tensor means_of(const Tensor& tokens, const OptionalTensor& given, const OptionalTensor& index, int64_t landmarks, bool pool) {
+  if (!given && pool) return index_means(tokens, *index, landmarks, std::nullopt);
   Tensor means = empty(tokens, {tokens.size(0), tokens.size(1), landmarks, tokens.size(3)}, ScalarType::Float);
-  torch::stable::copy_(means, *given);
+  if (given) torch::stable::copy_(means, *given);
   return means;
 }
 
@@ -114,9 +116,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor context = empty(query, {batch, heads, num_landmarks, dim}, ScalarType::Float);
   const Tensor mixed = torch::stable::empty_like(context);
   const Tensor logsumexp = empty(query, {batch, heads, num_landmarks}, ScalarType::Float);
-  const Tensor query_means = means_of(query, query_landmarks, query_index, num_landmarks);
-  const Tensor key_means = means_of(key, key_landmarks, key_index, num_landmarks);
-  if (call.rows() == 0) return {output, query_means, key_means, context, mixed, logsumexp};
+  const bool single = takes_single_launch(call.type, call.queries, call.keys, num_landmarks,
+                                          std::max(call.dim, call.value_dim), global_init);
+  const Tensor query_means = means_of(query, query_landmarks, query_index, num_landmarks, !single);
+  const Tensor key_means = means_of(key, key_landmarks, key_index, num_landmarks, !single);
+  if (call.rows() > 0 && single)
+    launch_single({query, key, value, output, query_means, key_means, context, mixed, logsumexp,
+                   query_landmarks ? std::nullopt : query_index, key_landmarks ? std::nullopt : key_index,
+                   call.plan.key_padding_mask, call.plan.query_absent, call.plan.key_absent, call.plan.exact, key_index,
+                   scale, pinv_iterations});
+  if (call.rows() == 0 || single) return {output, query_means, key_means, context, mixed, logsumexp};
 
   const Tensor inverse = inverse_of(call, call.core(query, query_means, key_means));
   const AttendShape shape = call.over_keys();

@@ -3,21 +3,24 @@
 The library takes the place of the CPU's, so the tests run in a process of their own and name the backend `cpu`.
 """
 
+import ctypes
 import functools
 import os
 import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from nystromgan import _env, iterative_pinv, nystrom_attention, power_iteration, spatiotemporal_attention
+from nystromgan import _env, _native, iterative_pinv, nystrom_attention, power_iteration, spatiotemporal_attention
+from nystromgan.ops.nystrom_attention import library
 from nystromgan.ops.power_iteration import spectral_normalize
 from nystromgan.testing import (
+    TOLERANCES,
     assert_matches_reference,
     attention_inputs,
     map_inputs,
@@ -210,9 +213,40 @@ else:
             {"num_landmarks": 8, "cluster_iterations": 2, "pinv_iterations": 2},
             (torch.float32, HALF),
         ),
+        "clustered and padded": (
+            {"batch": 2, "heads": 1},
+            {
+                "num_landmarks": 8,
+                "cluster_iterations": 1,
+                "key_padding_mask": padding_mask([5, 61], 67, scattered=True),
+                "pinv_iterations": 2,
+            },
+            (torch.float32, HALF),
+        ),
+        # Of the single launch: several steps and splits of pooling, of the keys and of the queries.
+        "long": (
+            {"batch": 1, "heads": 1, "queries": 1100, "keys": 700, "tokens": smooth},
+            {"num_landmarks": 64, "pinv_iterations": 3},
+            (HALF, torch.float16),
+        ),
+        "wide keys": (
+            {"batch": 1, "queries": 70, "keys": 150, "head_dim": 100, "value_dim": 17},
+            {"num_landmarks": 33, "pinv_iterations": 2},
+            (HALF, torch.float16),
+        ),
     }
     EACH = [(case, dtype) for case, (_, _, dtypes) in NYSTROM.items() for dtype in dtypes]
 
+    def allow_single_launch(allowed: bool) -> None:
+        ctypes.CDLL(str(FOLDER / _native.CPU_LIBRARY)).nystromgan_cuda_allow_single_launch(int(allowed))
+
+    @pytest.fixture(params=["one launch", "many launches"])
+    def launches(request: pytest.FixtureRequest) -> Iterator[str]:
+        allow_single_launch(request.param == "one launch")
+        yield request.param
+        allow_single_launch(True)
+
+    @pytest.mark.usefixtures("launches")
     class TestNystromAttention:
         @pytest.mark.parametrize(("case", "dtype"), EACH)
         def test_against_float64(self, case: str, dtype: torch.dtype) -> None:
@@ -240,3 +274,64 @@ else:
                 nystrom_attention, num_landmarks=8, cluster_iterations=1, pinv_iterations=1, backend=BACKEND
             )
             assert_same_in_any_order(monkeypatch, function, attention_inputs(1, 1, dtype=torch.float16))
+
+    class TestSingleLaunch:
+        """What the single launch returns, also for the backward, beside the many launches."""
+
+        @staticmethod
+        def outputs(inputs: dict[str, Tensor], options: dict[str, object], allowed: bool) -> tuple[Tensor, ...]:
+            """Everything that the forward returns: O, the two means, G V, W and the logarithms of G's row sums."""
+            kept = []
+            run = torch.ops.nystromgan.nystrom_attention_native
+
+            def keep(*arguments: object) -> tuple[Tensor, ...]:
+                kept.append(run(*arguments))
+                return kept[-1]
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(library._library, "kernel", lambda *_: keep)
+                allow_single_launch(allowed)
+                try:
+                    nystrom_attention(**inputs, **options, backend=BACKEND)
+                finally:
+                    allow_single_launch(True)
+            return kept[0]
+
+        @pytest.mark.parametrize("dtype", DTYPES)
+        @pytest.mark.parametrize("masked", [False, True])
+        def test_all_that_it_returns(self, dtype: torch.dtype, masked: bool) -> None:
+            inputs = attention_inputs(2, 2, 300, 300, 24, 40, tokens=smooth, dtype=dtype)
+            mask = padding_mask([12, 260], 300, scattered=True)
+            options = {"num_landmarks": 20, "pinv_iterations": 2} | ({"key_padding_mask": mask} if masked else {})
+            one, many = self.outputs(inputs, options, True), self.outputs(inputs, options, False)
+            assert not torch.equal(one[3], many[3])  # or the same path ran twice
+            for x, y in zip(one, many, strict=True):
+                assert torch.equal(x.isinf(), y.isinf())
+                finite = torch.where(x.isinf(), 0, x), torch.where(y.isinf(), 0, y)
+                assert relative_error(*finite) < TOLERANCES[dtype].output
+
+        def test_what_is_masked_does_not_enter(self) -> None:
+            inputs = attention_inputs(2, 1, 300, dtype=HALF)
+            mask = padding_mask([200, 7], 300, scattered=True)
+            options = {"num_landmarks": 8, "key_padding_mask": mask, "pinv_iterations": 1, "backend": BACKEND}
+            clean = nystrom_attention(**inputs, **options)
+            hidden = mask[:, None, :, None]
+            output = nystrom_attention(
+                **{name: x.masked_fill(hidden, torch.nan) for name, x in inputs.items()}, **options
+            )
+            assert torch.equal(output.masked_fill(hidden, 0), clean.masked_fill(hidden, 0))
+
+        def test_a_row_of_several_splits_has_the_same_bits_alone(self) -> None:
+            inputs = attention_inputs(3, 1, 700, 500, dtype=HALF)
+            function = functools.partial(nystrom_attention, num_landmarks=17, pinv_iterations=1, backend=BACKEND)
+            alone = function(**{name: x[1:2] for name, x in inputs.items()})
+            assert torch.equal(function(**inputs)[1:2], alone)
+
+        @pytest.mark.parametrize("dtype", DTYPES)
+        def test_the_order_of_threads_does_not_matter(
+            self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+            options = {"num_landmarks": 20, "pinv_iterations": 1, "backend": BACKEND}
+            options["key_padding_mask"] = padding_mask([12, 260], 300, scattered=True)
+            function = functools.partial(nystrom_attention, **options)
+            assert_same_in_any_order(monkeypatch, function, attention_inputs(2, 1, 300, dtype=dtype))
