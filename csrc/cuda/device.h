@@ -30,6 +30,9 @@ namespace nystromgan {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+struct alignas(8) Two {
+  float x[2];
+};
 struct alignas(16) Four {
   float x[4];
 };
@@ -47,7 +50,7 @@ inline int num_blocks() { return emulation::place.block_count.x; }
 inline char* shared_memory() { return emulation::shared; }
 inline void sync_block() { emulation::sync_block(); }
 inline void sync_warp() {
-  char none;
+  char none = 0;
   emulation::gather(&none, 0, &none, 0, [](const char*, char*) {});
 }
 inline void sync_grid() { emulation::sync_grid(); }

@@ -2,27 +2,17 @@
 #pragma once
 
 #include "attend_forward.h"
-#include "pinv.h"
+#include "pinv_halves.h"
 #include "single_pool.h"
 
 namespace nystromgan {
 
 using CoreSlot = Slot<kSingleLandmarks>;
 
-// Channels [first, first + channels) of one side's landmarks into a slot, and where they belong in memory.
-template <class T>
-DEVICE void load_landmarks(const NystromSingle& p, const Pooled& side, int64_t batch_head, int first, int channels,
-                           float* slot, T* narrow) {
-  const int dim = padded_channels(side.dim);
+// Channels [first, first + channels) of one side's landmarks into a slot.
+DEVICE void load_landmarks(const NystromSingle& p, const Pooled& side, int64_t batch_head, int first, int channels, float* slot) {
   for_each_mean(side, batch_head, p.landmarks, first, channels, [&](int row, int channel, const Four& mean) {
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
-      slot[row * CoreSlot::kStride + channel - first + i] = mean.x[i];
-      if (row >= p.landmarks) continue;
-      const int64_t place = batch_head * p.landmarks + row;
-      if (side.sums && channel + i < side.dim) side.means[place * side.dim + channel + i] = mean.x[i];
-      if (narrow) narrow[place * dim + channel + i] = from_float<T>(mean.x[i]);
-    }
+    *reinterpret_cast<Four*>(slot + row * CoreSlot::kStride + channel - first) = mean;
   });
 }
 
@@ -36,45 +26,55 @@ DEVICE void core_rows(const NystromSingle& p, Fragment (&c)[kSingleLandmarks / 8
   softmax.update(c, nothing);
   UNROLL
   for (int h = 0; h < 2; ++h) {
+    const float factor = 1.0f / softmax.total[h];
     const int row = first_row + lane_index() / 4 + 8 * h;
     const bool none = row >= p.landmarks || softmax.total[h] == 0.0f ||
                       (p.query_absent && p.query_absent[batch * p.landmarks + row]);
     UNROLL
     for (int j = 0; j < kSingleLandmarks / 8; ++j) {
       UNROLL
-      for (int i = 2 * h; i < 2 * h + 2; ++i) c[j].x[i] = none ? 0.0f : c[j].x[i] / softmax.total[h];
+      for (int i = 2 * h; i < 2 * h + 2; ++i) c[j].x[i] = none ? 0.0f : c[j].x[i] * factor;
     }
   }
 }
 
-template <class T>
 DEVICE void core_unit(const NystromSingle& p, int64_t batch_head) {
-  constexpr int kStride = CoreSlot::kStride, kChunk = kSingleLandmarks;
-  float* s_z = reinterpret_cast<float*>(shared_memory());
-  float *s_p = s_z + CoreSlot::kFloats, *s_a = s_p + CoreSlot::kFloats;
+  constexpr int kSide = kSingleLandmarks, kStride = CoreSlot::kStride;
+  using Halves = HalvesSlot<kSide>;
+  float *s_first = reinterpret_cast<float*>(shared_memory()), *s_second = s_first + CoreSlot::kFloats;
   const int dim = padded_channels(p.dim), row = 16 * warp_index();
-  Fragment c[kSingleLandmarks / 8];
+  Fragment c[kSide / 8];
   clear(c);
-  for (int first = 0; first < dim; first += kChunk) {
-    const int channels = minimum(dim - first, kChunk);
+  for (int first = 0; first < dim; first += kSide) {
+    const int channels = minimum(dim - first, kSide);
     sync_block();
-    load_landmarks<T>(p, p.query, batch_head, first, channels, s_z, nullptr);
-    load_landmarks<T>(p, p.key, batch_head, first, channels, s_p, static_cast<T*>(p.narrow_key));
+    load_landmarks(p, p.query, batch_head, first, channels, s_first);
+    load_landmarks(p, p.key, batch_head, first, channels, s_second);
     sync_block();
-    multiply_rows(c, Matrix<false>{s_z, kStride}, Matrix<true>{s_p, kStride}, row, 0, channels);
+    multiply_rows(c, Matrix<false>{s_first, kStride}, Matrix<true>{s_second, kStride}, row, 0, channels);
   }
   core_rows(p, c, batch_head / p.heads, row);
   sync_block();
-  for_each_element(c, row, 0, [&](int r, int column, float x) {
-    s_a[r * kStride + column] = x;
-    s_z[column * kStride + r] = x;
+  for_each_element(c, row, 0, [&](int r, int column, float& x) {
+    s_first[column * kStride + r] = x;
+    x *= kHalvesUnit;
   });
+  HalvesLeft a[kSide / 16];
+  halves_left<kSide>(a, c);
   sync_block();
-  pinv_start<kSingleLandmarks>(s_z, s_p, nullptr, 1);
-  pinv_steps<kSingleLandmarks, false>(Matrix<false>{s_a, kStride}, s_z, s_p, nullptr, p.iterations);
-  float* inverse = p.inverse + batch_head * kSingleLandmarks * kSingleLandmarks;
-  for (int i = thread_index(); i < kSingleLandmarks * kSingleLandmarks; i += kSingleThreads)
-    inverse[i] = s_z[i / kSingleLandmarks * kStride + i % kSingleLandmarks];
+  const float factor = 1.0f / scale_of(norms_of<kSide>(s_first, s_second));
+  for_each_element(c, row, 0, [&](int r, int column, float& x) { x = s_first[r * kStride + column] * factor; });
+  Half* s_halves = reinterpret_cast<Half*>(shared_memory());
+  const Halves z{s_halves}, product{s_halves + 2 * Halves::kElements};
+  float* s_largest = reinterpret_cast<float*>(s_halves + 4 * Halves::kElements);
+  pinv_steps_halves<kSide>(a, c, z, product, s_largest, p.iterations);
+  float* inverse = p.inverse + batch_head * kSide * kSide + (row + lane_index() / 4) * kSide + lane_index() % 4 * 2;
+  UNROLL
+  for (int j = 0; j < kSide / 8; ++j) {
+    UNROLL
+    for (int h = 0; h < 2; ++h)
+      *reinterpret_cast<Two*>(inverse + 8 * h * kSide + 8 * j) = {{c[j].x[2 * h], c[j].x[2 * h + 1]}};
+  }
 }
 
 }  // namespace nystromgan

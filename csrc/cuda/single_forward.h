@@ -24,7 +24,7 @@ DEVICE void nystrom_single(const NystromSingle& p) {
   // The inverses take longest, so they come first: G V hides behind them.
   for_each_unit(p.rows * (1 + p.keys.sizes.splits), [&](int64_t unit) {
     if (unit < p.rows)
-      core_unit<T>(p, unit);
+      core_unit(p, unit);
     else
       context_unit<T, CHANNELS, STEP>(p, unit - p.rows);
   });

@@ -37,11 +37,12 @@ Choice choose(Dtype dtype, int64_t value_dim) {
 // The most that any phase lays out.
 size_t shared_bytes(const Choice& choice, int64_t dim, int64_t value_dim) {
   const int64_t pool_tokens = 256 / choice.bytes, slot = kSide * (kSide + 4) * 4;
-  const int64_t pool = kPoolStages * choice.tile(pool_tokens, kPoolChannels) + 4 * pool_tokens, core = 3 * slot;
+  const int64_t pool = kPoolStages * choice.tile(pool_tokens, kPoolChannels) + 4 * pool_tokens;
+  const int64_t core = 2 * 2 * 2 * kSide * (kSide + 8) + 4 * kSide / 16;  // Z and P in halves, and a float a warp
   const int64_t context =
       choice.tile(kSide, dim) + kStages * (choice.tile(choice.step, dim) + choice.tile(choice.step, value_dim));
   const int64_t mix = slot + 4 * kSide * (kMixColumns + 4);
-  const int64_t output = 3 * choice.tile(kSide, dim) + std::max(mix, choice.tile(kSide, value_dim));
+  const int64_t output = 3 * choice.tile(kSide, dim) + std::max(mix, 2 * choice.tile(kSide, value_dim));
   return static_cast<size_t>(std::max({pool, core, context, output}));
 }
 
@@ -102,7 +103,7 @@ NystromSingle problem_of(const SingleCall& call, Room& room) {
   const int64_t parts = rows * splits * landmarks;
   p.keys.sums = room.take(parts * wide), p.keys.largest = room.take(parts), p.keys.totals = room.take(parts);
   p.queries.sizes = sizes_of(call, call.query.size(2), landmarks, value_dim);
-  p.queries.query = tokens_of(call.query), p.queries.output = operand_of(call.output);
+  p.queries.query = tokens_of(call.query), p.queries.output = tokens_of(call.output);
   p.queries.mask = bytes_of(call.key_absent);
   p.query_absent = bytes_of(call.query_absent), p.inverse = room.take(rows * kSide * kSide);
   p.context = floats(call.context), p.mixed = floats(call.mixed), p.logsumexp = floats(call.logsumexp);
@@ -123,11 +124,11 @@ void group_queries(NystromSingle& p, int64_t blocks) {
 
 }  // namespace
 
-// M is what three matrices on chip and four warps of 16 rows hold, D and E what two blocks of a multiprocessor hold in
-// registers and shared memory; a start from the whole batch's norms would need one more meeting of all blocks; and with
-// more tokens than kSingleTokens the passes over them take the time, which have their own grids in launches of their own.
-// B and H do not enter: a row's bits must not depend on what else is in the batch. Unmeasured: one launch for 11 to 15,
-// which take 1 to 3 us each, is why it is the default.
+// M is what four warps hold in registers, 16 rows each; D and E what two blocks of a multiprocessor hold in registers and
+// shared memory; a start from the whole batch's norms would need one more meeting of all blocks; and with more tokens than
+// kSingleTokens the passes over them take the time, which have their own grids in launches of their own. B and H do not
+// enter: a row's bits must not depend on what else is in the batch. Unmeasured: that it is one launch in the place of 11 to
+// 15, of 1 to 3 us each where they are short, is why it is taken.
 bool takes_single_launch(Dtype dtype, int64_t queries, int64_t keys, int64_t landmarks, int64_t widest, bool global_init) {
   return single_allowed && landmarks <= kSide && widest <= (dtype == Dtype::float32 ? 64 : 128) && !global_init &&
          queries <= kSingleTokens && keys <= kSingleTokens;

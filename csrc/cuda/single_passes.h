@@ -8,7 +8,26 @@ namespace nystromgan {
 template <class T>
 using LandmarkTile = Tile<T, kSingleLandmarks, false>;
 
-// G V of one split of the keys, not normalised.
+// One head's landmarks to where they belong in memory.
+template <class T>
+DEVICE void write_landmarks(const NystromSingle& p, int64_t batch_head) {
+  const int dim = padded_channels(p.dim);
+  T* narrow = static_cast<T*>(p.narrow_key) + batch_head * p.landmarks * dim;
+  for (int of_key = 0; of_key < 2; ++of_key) {
+    const Pooled& side = of_key ? p.key : p.query;
+    float* means = side.means + batch_head * p.landmarks * p.dim;
+    for_each_mean(side, batch_head, p.landmarks, 0, dim, [&](int row, int channel, const Four& mean) {
+      if (row >= p.landmarks) return;
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        if (side.sums && channel + i < p.dim) means[row * p.dim + channel + i] = mean.x[i];
+        if (of_key) narrow[row * dim + channel + i] = from_float<T>(mean.x[i]);
+      }
+    });
+  }
+}
+
+// G V of one split of the keys, not normalised; the first also writes the landmarks, for which the inverse has no time.
 template <class T, int CHANNELS, int STEP>
 DEVICE void context_unit(const NystromSingle& p, int64_t unit) {
   const AttendSizes& sizes = p.keys.sizes;
@@ -40,27 +59,29 @@ DEVICE void context_unit(const NystromSingle& p, int64_t unit) {
   clear(output);
   passing.attend(softmax, output, query, own_row, false);
   write_output<T, CHANNELS>(p.keys, place, output, softmax.largest, softmax.total, own_row);
+  if (place.split == 0) write_landmarks<T>(p, place.batch_head);
 }
 
 // Four columns of one row of G V from its splits, in their order, and the logarithm of the row's sum.
 DEVICE Four merged(const NystromSingle& p, int64_t batch_head, int row, int column, float& logsumexp) {
   const AttendSizes& sizes = p.keys.sizes;
   auto part = [&](int split) { return (batch_head * sizes.splits + split) * p.landmarks + row; };
-  float factor[kContextSplits], largest = -INFINITY, total = 0.0f;
+  float factor[kContextSplits], totals[kContextSplits], largest = -INFINITY, total = 0.0f;
   Four sums[kContextSplits];
   UNROLL
   for (int split = 0; split < kContextSplits; ++split) {  // all are read before the first is used
-    const bool inside = split < sizes.splits;
-    factor[split] = inside ? load_float(p.keys.largest + part(split)) : -INFINITY;
-    sums[split] = inside ? load_four(p.keys.sums + part(split) * sizes.value_dim + column) : Four{{0.0f, 0.0f, 0.0f, 0.0f}};
+    const int64_t place = part(minimum(split, sizes.splits - 1));
+    factor[split] = load_float(p.keys.largest + place);
+    sums[split] = load_four(p.keys.sums + place * sizes.value_dim + column);
+    totals[split] = load_float(p.keys.totals + place);
     largest = max_of(largest, factor[split]);
   }
   const float shift = largest == -INFINITY ? 0.0f : largest;
   Four all{{0.0f, 0.0f, 0.0f, 0.0f}};
   UNROLL
   for (int split = 0; split < kContextSplits; ++split) {
-    factor[split] = exp2_of(factor[split] - shift);
-    if (split < sizes.splits) total += load_float(p.keys.totals + part(split)) * factor[split];
+    factor[split] = split < sizes.splits ? exp2_of(factor[split] - shift) : 0.0f;
+    total += totals[split] * factor[split];
     UNROLL
     for (int i = 0; i < 4; ++i) all.x[i] += sums[split].x[i] * factor[split];
   }
@@ -68,7 +89,7 @@ DEVICE Four merged(const NystromSingle& p, int64_t batch_head, int row, int colu
   const bool empty = total == 0.0f || absent;
   logsumexp = empty ? INFINITY : (largest + log2_of(total)) * kLn2;
   UNROLL
-  for (int i = 0; i < 4; ++i) all.x[i] = empty ? 0.0f : all.x[i] / total;
+  for (int i = 0; i < 4; ++i) all.x[i] = empty ? 0.0f : all.x[i] * (1.0f / total);
   return all;
 }
 
@@ -110,7 +131,7 @@ DEVICE void mix_unit(const NystromSingle& p, int64_t unit, float* s) {
   wait_copies<0>();
   sync_block();
   if (p.value.sums && p.value.only[batch]) {  // every valid key is its own landmark there: O = F pool(V)
-    const Four mean = mean_of(p.value, batch_head, p.landmarks, row, column);
+    const Four mean = mean_of(sum_of<true>(p.value, batch_head, p.landmarks, row, column), true);
     UNROLL
     for (int i = 0; i < 4; ++i) write(row, column + i, mean.x[i]);
     return;
@@ -119,6 +140,14 @@ DEVICE void mix_unit(const NystromSingle& p, int64_t unit, float* s) {
   clear(c);
   multiply_rows(c, Matrix<false>{s_z, kStride}, Matrix<false>{s_context, kNarrow}, 16 * warp_index(), 0, kSide);
   for_each_element(c, 16 * warp_index(), first, write);
+}
+
+template <class T>
+DEVICE void store_pair(T* to, float x0, float x1) {
+  if constexpr (sizeof(T) == 4)
+    *reinterpret_cast<Two*>(to) = {{x0, x1}};
+  else
+    *reinterpret_cast<uint32_t*>(to) = pack<T>(x0, x1);
 }
 
 // Phase 4: O of the queries of one group, whose landmarks stay; queries come by in two buffers.
@@ -139,6 +168,7 @@ struct OutputUnit {
   DEVICE LandmarkTile<T> keys() const { return {tile(0), dim}; }
   DEVICE LandmarkTile<T> queries(int i) const { return {tile(1 + i % 2), dim}; }
   DEVICE LandmarkTile<T> values() const { return {tile(3), value_dim}; }
+  DEVICE LandmarkTile<T> results() const { return {tile(3) + LandmarkTile<T>::elements(value_dim), value_dim}; }
 
   // What one head's rows of a landmark tensor in the tokens' dtype are to copy_tile.
   DEVICE Head<T> landmarks(const void* data, int channels) const {
@@ -179,9 +209,38 @@ struct OutputUnit {
         softmax.update(c, output);
         add_weighted<CHANNELS>(output, c, Tile<T, STEP, false>{values().data + first * values().stride(), value_dim}, 0);
       }
-      write_output<T, CHANNELS>(p.queries, place, output, softmax.largest, softmax.total, first_row(i) + 16 * warp_index());
+      write(output, softmax.total, first_row(i));
     }
     wait_copies<0>();
+  }
+
+  // This warp's 16 rows through shared memory, so that a row leaves in pieces of 16 bytes side by side.
+  DEVICE void write(const Fragment (&output)[CHANNELS / 8], const float (&total)[2], int tile_row) const {
+    constexpr int kChunk = 16 / sizeof(T);
+    const LandmarkTile<T> s = results();
+    const int own_row = 16 * warp_index(), t = lane_index() % 4, channels = p.value_dim;
+    sync_warp();  // the rows before have left
+    UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const float factor = total[h] == 0.0f ? 0.0f : 1.0f / total[h];
+      T* to = s.data + (own_row + lane_index() / 4 + 8 * h) * s.stride() + 2 * t;
+      UNROLL
+      for (int j = 0; j < CHANNELS / 8; ++j)
+        if (8 * j < value_dim) store_pair(to + 8 * j, output[j].x[2 * h] * factor, output[j].x[2 * h + 1] * factor);
+    }
+    sync_warp();
+    const Operand& out = p.queries.output;  // its channels are side by side, and its rows
+    const int across = ceil_div(channels, kChunk);
+    for (int i = lane_index(); i < 16 * across; i += 32) {
+      const int row = tile_row + own_row + i / across, channel = i % across * kChunk;
+      if (row >= p.queries.sizes.rows) continue;
+      const T* from = s.data + (own_row + i / across) * s.stride() + channel;
+      T* to = row_of<T>(out, place, row, channel);
+      if (out.wide)
+        *reinterpret_cast<Four*>(to) = *reinterpret_cast<const Four*>(from);
+      else
+        for (int k = 0; k < minimum(kChunk, channels - channel); ++k) to[k] = from[k];
+    }
   }
 };
 

@@ -91,50 +91,70 @@ DEVICE void pool_unit(const Pooled& p, int heads, int landmarks, int64_t unit) {
   }
 }
 
-// Channels [channel, channel + 4) of one landmark, from its splits or as it was given; zeros outside.
-DEVICE Four mean_of(const Pooled& p, int64_t batch_head, int landmarks, int row, int channel) {
-  const int dim = padded_channels(p.dim);
-  Four mean{{0.0f, 0.0f, 0.0f, 0.0f}};
-  if (row >= landmarks || channel >= dim) return mean;
-  if (!p.sums) {
+struct LandmarkSum {
+  Four sum;
+  float count;
+};
+
+// Channels [channel, channel + 4) of one landmark, of its DP, from its splits where tokens were pooled, or as they were given.
+// Beyond the landmarks the last one's: every thread reads, so that no read waits for a branch.
+template <bool POOLED>
+DEVICE LandmarkSum sum_of(const Pooled& p, int64_t batch_head, int landmarks, int row, int channel) {
+  row = minimum(row, landmarks - 1);
+  LandmarkSum all{{{0.0f, 0.0f, 0.0f, 0.0f}}, 0.0f};
+  if constexpr (POOLED) {
+    const int dim = padded_channels(p.dim);
     UNROLL
-    for (int i = 0; i < 4; ++i)
-      if (channel + i < p.dim) mean.x[i] = p.means[(batch_head * landmarks + row) * p.dim + channel + i];
-    return mean;
-  }
-  float count = 0.0f;
-  UNROLL
-  for (int split = 0; split < kPoolSplits; ++split) {
-    const int64_t part = (batch_head * kPoolSplits + split) * landmarks + row;
-    const Four sum = load_four(p.sums + part * dim + channel);
-    count += load_float(p.counts + part);
+    for (int split = 0; split < kPoolSplits; ++split) {
+      const int64_t part = (batch_head * kPoolSplits + split) * landmarks + row;
+      const Four sum = load_four(p.sums + part * dim + channel);
+      all.count += load_float(p.counts + part);
+      UNROLL
+      for (int i = 0; i < 4; ++i) all.sum.x[i] += sum.x[i];
+    }
+  } else {
+    const float* given = p.means + (batch_head * landmarks + row) * p.dim;
     UNROLL
-    for (int i = 0; i < 4; ++i) mean.x[i] += sum.x[i];
+    for (int i = 0; i < 4; ++i) all.sum.x[i] = channel + i < p.dim ? given[channel + i] : 0.0f;
   }
+  return all;
+}
+
+DEVICE Four mean_of(const LandmarkSum& all, bool inside) {
+  const float factor = 1.0f / max_of(all.count, 1.0f);
+  Four mean;
   UNROLL
-  for (int i = 0; i < 4; ++i) mean.x[i] /= max_of(count, 1.0f);
+  for (int i = 0; i < 4; ++i) mean.x[i] = inside ? all.sum.x[i] * factor : 0.0f;
   return mean;
 }
 
 // Calls body(row, channel, mean) for this thread's share of channels [first, first + channels) of 64 landmarks, four
 // channels at a time; `channels` is a multiple of 16. Several are read before the first is used.
-template <class Body>
-DEVICE void for_each_mean(const Pooled& p, int64_t batch_head, int landmarks, int first, int channels, Body body) {
+template <bool POOLED, class Body>
+DEVICE void for_each_mean_of(const Pooled& p, int64_t batch_head, int landmarks, int first, int channels, Body body) {
   constexpr int kAhead = 4;
   const int across = channels / 4, count = kSingleLandmarks * across;
   for (int start = thread_index(); start < count; start += kAhead * kSingleThreads) {
-    Four means[kAhead];
+    LandmarkSum sums[kAhead];
     UNROLL
     for (int k = 0; k < kAhead; ++k) {
       const int i = start + k * kSingleThreads;
-      means[k] = mean_of(p, batch_head, i < count ? landmarks : 0, i / across, first + i % across * 4);
+      sums[k] = sum_of<POOLED>(p, batch_head, landmarks, i / across, first + i % across * 4);
     }
     UNROLL
     for (int k = 0; k < kAhead; ++k) {
-      const int i = start + k * kSingleThreads;
-      if (i < count) body(i / across, first + i % across * 4, means[k]);
+      const int i = start + k * kSingleThreads, row = i / across;
+      if (i < count) body(row, first + i % across * 4, mean_of(sums[k], row < landmarks));
     }
   }
+}
+
+template <class Body>
+DEVICE void for_each_mean(const Pooled& p, int64_t batch_head, int landmarks, int first, int channels, Body body) {
+  if (p.sums)
+    for_each_mean_of<true>(p, batch_head, landmarks, first, channels, body);
+  else
+    for_each_mean_of<false>(p, batch_head, landmarks, first, channels, body);
 }
 
 }  // namespace nystromgan

@@ -23,6 +23,7 @@ from nystromgan.testing import (
     TOLERANCES,
     assert_matches_reference,
     attention_inputs,
+    large,
     map_inputs,
     normal,
     padding_mask,
@@ -309,6 +310,38 @@ else:
                 assert torch.equal(x.isinf(), y.isinf())
                 finite = torch.where(x.isinf(), 0, x), torch.where(y.isinf(), 0, y)
                 assert relative_error(*finite) < TOLERANCES[dtype].output
+
+        @pytest.mark.parametrize("tokens", [normal, smooth, large])
+        @pytest.mark.parametrize("steps", [0, 6])
+        def test_its_inverse_is_no_worse(self, tokens: Callable[..., Tensor], steps: int) -> None:
+            """In parts of float16 and not of tf32: in float32, where an error would show."""
+            inputs = attention_inputs(1, 2, 200, 200, 32, 16, tokens=tokens)
+            options = {"num_landmarks": 50, "pinv_iterations": steps}
+            wide = {name: x.double() for name, x in inputs.items()}
+            exact = nystrom_attention(**wide, **options, backend="reference")
+            one, many = (self.outputs(inputs, options, allowed)[0] for allowed in (True, False))
+            assert relative_error(one, exact) <= 1.5 * relative_error(many, exact) + 2e-7
+
+        def test_its_inverse_of_equal_rows_and_of_many_steps(self) -> None:
+            """A of rank one, and one whose inverse grows until rounding alone is left."""
+            options = {"num_landmarks": 64, "backend": BACKEND}
+            inputs = attention_inputs(1, 1, 130)
+            same = {**inputs, "query": inputs["query"][:, :, :1].expand(-1, -1, 130, -1)}
+            assert_matches_reference(nystrom_attention, same, BACKEND, num_landmarks=64)
+            assert (
+                nystrom_attention(**attention_inputs(1, 1, 130, tokens=smooth), pinv_iterations=40, **options)
+                .isfinite()
+                .all()
+            )
+
+        def test_a_nan_stays_in_its_head(self) -> None:
+            inputs = attention_inputs(1, 2, 130, dtype=HALF)
+            options = {"num_landmarks": 9, "pinv_iterations": 1, "backend": BACKEND}
+            clean = nystrom_attention(**inputs, **options)
+            inputs["key"][0, 1, 5, 3] = torch.nan
+            output = nystrom_attention(**inputs, **options)
+            assert torch.equal(output[:, 0], clean[:, 0])
+            assert output[:, 1].isnan().all()
 
         def test_what_is_masked_does_not_enter(self) -> None:
             inputs = attention_inputs(2, 1, 300, dtype=HALF)
