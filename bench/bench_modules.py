@@ -22,6 +22,7 @@ from torch.nn.utils import parametrizations
 from nystromgan import testing
 from nystromgan.bench import clock as clocks
 from nystromgan.bench import machine, measure, memory
+from nystromgan.bench.baselines import packages
 from nystromgan.bench.case import OURS, PASSES
 from nystromgan.bench.cases import modules, power_iteration
 from nystromgan.bench.store import RESULTS
@@ -120,8 +121,7 @@ class _DigitEncoder(nn.Module):
 
 def nystromformer(clock: Clock) -> Iterator[Row]:
     """Four layers of Hugging Face's Nyströmformer on 4,096 tokens, as it is and after accelerate."""
-    # Not needed here, and PyPI's, made for CUDA's torch, cannot be imported beside torch's CPU build.
-    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+    packages.make_torchvision_importable()
     import transformers
 
     from nystromgan.integrations.transformers import accelerate
@@ -280,12 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
         torch.manual_seed(0)
         print(f"{name}: {MODELS[name].__doc__}", file=sys.stderr)
         record = {
-            "model": name,
-            "what": MODELS[name].__doc__,
-            "machine": machine.describe("cpu"),
-            "clock": unit,
-            "rows": [],
-        }
+            "model": name, "what": MODELS[name].__doc__, "machine": machine.describe("cpu"), "clock": unit, "rows": [],
+        }  # fmt: skip
         for row in MODELS[name](clock):
             record["rows"].append({key: _rounded(value) for key, value in row.items()})
             print(record["rows"][-1], file=sys.stderr)

@@ -1,25 +1,16 @@
 """What every test stands on: fixed seeds, two threads, and poisoned memory under the op tests."""
 
-import importlib.util
 import pathlib
 from collections.abc import Iterator
-from importlib import metadata
 
 import pytest
 import torch
 
+from nystromgan.bench.baselines.packages import make_torchvision_importable
+
 OPS = pathlib.Path(__file__).parent / "ops"
 
-# timm imports torchvision, and transformers does where it is installed. PyPI's torchvision is built for CUDA's torch:
-# beside torch's CPU build its own ops are missing, and its import ends at the first two that it mentions.
-if (
-    torch.version.cuda is None
-    and importlib.util.find_spec("torchvision")
-    and "+" not in metadata.version("torchvision")
-):
-    TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        TORCHVISION.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+make_torchvision_importable()  # before any test imports timm or transformers
 
 
 @pytest.fixture(autouse=True)

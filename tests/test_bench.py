@@ -1,6 +1,7 @@
 """The benchmark: its registry is sound, wrong results get no speed, and what the README says is what was measured."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -63,6 +64,19 @@ def test_the_registry_computes_nothing() -> None:
         "import os, torch\nthreads = len(os.listdir('/proc/self/task'))\n"
         "from nystromgan.bench.cases import cases\ncases('cpu'), cases('cuda')\n"
         "assert len(os.listdir('/proc/self/task')) == threads\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="needs transformers")
+def test_transformers_form_needs_nothing_of_the_tests() -> None:
+    """Beside torch's CPU build PyPI's torchvision breaks what imports it; tests/conftest.py mends that for tests."""
+    code = (
+        "import torch, nystromgan\nfrom nystromgan.bench.baselines import packages\n"
+        "qkv = torch.randn(3, 1, 2, 64, 8)\nform = packages.transformers(2, 8, 64, 16)\n"
+        "exact = nystromgan.nystrom_attention(*qkv, num_landmarks=16, pinv_init='global_max')\n"
+        "torch.testing.assert_close(form(*qkv), exact)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

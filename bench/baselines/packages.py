@@ -4,8 +4,10 @@ Both scale the pseudo-inverse by a maximum over the whole batch, so their defini
 runs in half precision: identity matrices are float32. D = E, and N a multiple of the number of landmarks.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
+from importlib import metadata
 
 import torch
 from torch import Tensor, nn
@@ -37,14 +39,16 @@ def nystrom_attention(heads: int, head_dim: int, tokens: int, num_landmarks: int
 
 def transformers(heads: int, head_dim: int, tokens: int, num_landmarks: int) -> Form:
     """transformers' NystromformerSelfAttention with its projections giving query, key and value."""
+    make_torchvision_importable()
     from transformers import NystromformerConfig
     from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
     config = NystromformerConfig(
         hidden_size=heads * head_dim, num_attention_heads=heads, num_landmarks=num_landmarks,
-        segment_means_seq_len=tokens, conv_kernel_size=None, attention_probs_dropout_prob=0.0,
+        segment_means_seq_len=tokens, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     module = NystromformerSelfAttention(config).eval()
+    module.conv_kernel_size = None  # its convolution; the config, in newer versions, takes numbers alone
     module.query, module.key, module.value = picks = [_Given() for _ in range(3)]
 
     def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -53,6 +57,21 @@ def transformers(heads: int, head_dim: int, tokens: int, num_landmarks: int) -> 
         return _split(module(picks[0].given)[0], heads)
 
     return form
+
+
+@functools.cache
+def make_torchvision_importable() -> torch.library.Library | None:
+    """To be called before what imports torchvision, as timm does, and transformers where it is installed.
+
+    PyPI's torchvision is built for CUDA's torch: beside torch's CPU build its own ops are missing, and its import ends
+    at the first two that it mentions. They are defined here, for as long as the result is kept, and compute nothing.
+    """
+    if torch.version.cuda or not importlib.util.find_spec("torchvision") or "+" in metadata.version("torchvision"):
+        return None
+    ops = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        ops.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return ops
 
 
 class _Given(nn.Module):
