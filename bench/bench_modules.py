@@ -254,7 +254,7 @@ def _step(forward: Callable[[], Tensor], model: nn.Module, mode: str) -> Callabl
 
 def _row(form: str, samples: list[float], baseline: list[float]) -> Row:
     """Median and quartiles, and how many times faster than the baseline, round by round."""
-    row = {"form": form, **measure.summary(samples, samples)}
+    row = {"form": form, **measure.summary([samples])}
     ratios = [theirs / own for own, theirs in zip(samples, baseline, strict=False)]
     return row | {"ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
 

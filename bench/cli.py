@@ -62,13 +62,13 @@ def selected(args: argparse.Namespace) -> list[Case]:
 
 
 def _times(chosen: list[Case], folder: pathlib.Path, args: argparse.Namespace, deadline: float) -> None:
-    """Measures every case in every mode, and updates its op's file after each."""
+    """Measures every case in every mode, and updates its op's file after each visit."""
     where, rates = machine.describe(args.device), machine.rates(args.device)
     effort = THOROUGH if args.full else QUICK
     compiling = Allowance(COMPILING_S) if args.full and not args.no_compile else None
     plan = Plan(args.device, rates, effort, compiling)
     pairs = [(case, mode) for case in chosen for mode in args.mode or MODES if mode in case.modes]
-    for _ in runner.timed(pairs, plan, where, folder, steps(len(pairs)), deadline):
+    for _ in runner.timed(pairs, plan, where, folder, steps(effort.visits * len(pairs)), deadline):
         pass
 
 

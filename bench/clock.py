@@ -71,10 +71,14 @@ class CudaClock:
 CLOCKS: dict[str, Clock] = {"cpu": CpuClock(), "cuda": CudaClock()}
 
 
-def repeats(clock: Clock, calls: Sequence[Call]) -> int:
-    """Calls in one sample, after one call on every set to warm up."""
+def warm(calls: Sequence[Call]) -> None:
+    """One call on every set."""
     for call in calls:
         call()
+
+
+def repeats(clock: Clock, calls: Sequence[Call]) -> int:
+    """How many warm calls make a sample."""
     once_s = clock.sample_s(calls, 1)
     if once_s < 10 * SAMPLE_S:
         once_s = clock.sample_s(calls, 1)
@@ -83,6 +87,7 @@ def repeats(clock: Clock, calls: Sequence[Call]) -> int:
 
 def samples_s(clock: Clock, calls: Sequence[Call], budget_s: float, most: int = 50) -> list[float]:
     """Seconds of one call, several times within a budget."""
+    warm(calls)
     count, spent = repeats(clock, calls), 0.0
     taken: list[float] = []
     while not taken or (spent < budget_s and len(taken) < most):

@@ -70,10 +70,13 @@ def _times(exact: SelfAttention3d, features: Tensor, full: bool) -> dict[tuple[s
     """Median and quartiles of each block's forward, interleaved."""
     modules = {(EXACT, 0): exact, **dict(_modules(exact, full))}
     calls = {" ".join(map(str, key)): [lambda module=module: module(features)] for key, module in modules.items()}
-    effort = Effort(4.0 if full else 1.0, 3, 9)
+    effort, timer, repeats = Effort(4.0 if full else 1.0, 3, 9), clock.CLOCKS[features.device.type], {}
     with torch.no_grad():
-        samples = measure.interleaved(calls, clock.CLOCKS[features.device.type], effort, every=True)
-    return {key: measure.summary(samples[" ".join(map(str, key))], []) for key in modules}
+        for name, several in calls.items():
+            clock.warm(several)
+            repeats[name] = clock.repeats(timer, several)
+        samples = measure.interleaved(calls, repeats, timer, effort, every=True)
+    return {key: measure.summary([samples[" ".join(map(str, key))]]) for key in modules}
 
 
 def _spread(errors: dict[float, list[float]]) -> dict[str, dict[str, float]]:

@@ -1,78 +1,149 @@
-"""One case: the gate, then interleaved rounds of every form.
+"""One case in one mode: the gate, then interleaved rounds of every form, in visits that lie apart.
 
 A form whose result is wrong is not timed. In each round every form runs once, so that what disturbs the machine
-disturbs all of them; ratios are medians of the rounds' ratios.
+disturbs all of them; ratios are medians of the rounds' ratios. What changes within minutes shows between the visits.
 """
 
 import contextlib
 import gc
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from nystromgan.bench import clock
-from nystromgan.bench.case import BACKWARD, OURS, Case, Inputs
+from nystromgan.bench.case import BACKWARD, OURS, Case, Form, Inputs
 from nystromgan.bench.forms import by_backend, call_of, compiles, forms_of, function_of, other_function, peer_of
 from nystromgan.bench.gate import Exact, errors, gemm_rate, why_not, wrong
 from nystromgan.bench.plan import Effort, Plan
 
 Row = dict[str, Any]
-EVERY_ROUND = 1.8  # forms slower than this times the fastest peer are timed in the first two rounds only
+Samples = dict[str, list[float]]  # seconds of one call of every form, round by round
+EVERY_ROUND = 1.8  # forms slower than this times the fastest peer are timed in the first rounds of a visit only
 
 
 def interleaved(
-    calls: dict[str, Sequence[clock.Call]], timer: clock.Clock, effort: Effort, every: bool = False
-) -> dict[str, list[float]]:
-    """Seconds of one call of every form, round by round; the order turns over from round to round.
+    calls: dict[str, Sequence[clock.Call]],
+    repeats: dict[str, int],
+    timer: clock.Clock,
+    effort: Effort,
+    every: bool = False,
+) -> Samples:
+    """Samples of every form, each over its repeats; the order turns over from round to round.
 
-    Without `every`, forms far behind the fastest peer run in the first two rounds only.
+    Without `every`, forms far behind the fastest peer run in the first rounds only.
     """
-    repeats = {name: clock.repeats(timer, several) for name, several in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    active, spent, rounds = list(calls), 0.0, 0
+    samples: Samples = {name: [] for name in calls}
+    near, spent, rounds = list(calls), 0.0, 0
     while rounds < effort.least_rounds or (spent < effort.budget_s and rounds < effort.most_rounds):
+        active = list(calls) if rounds < effort.far_rounds else near
         for name in active if rounds % 2 == 0 else reversed(active):
             samples[name].append(timer.sample_s(calls[name], repeats[name]))
-            spent += samples[name][-1] * repeats[name]
         rounds += 1
-        if rounds == 2 and not every:
-            active, spent = _worth_more(samples), 0.0
+        if rounds <= effort.far_rounds and not every:
+            near = _worth_more(samples)
+        spent = sum(sum(samples[name]) * repeats[name] for name in near)
     return samples
 
 
-def _worth_more(samples: dict[str, list[float]]) -> list[str]:
+def _worth_more(samples: Samples) -> list[str]:
     """Ours, and the peers near the fastest: the others decide nothing."""
     best = min((min(times) for name, times in samples.items() if name != OURS), default=float("inf"))
     return [name for name, times in samples.items() if name == OURS or min(times) <= EVERY_ROUND * best]
 
 
-def rows(case: Case, mode: str, plan: Plan) -> list[Row]:
-    """One row a form: its errors and times, or why there are none."""
-    torch._dynamo.reset()  # else earlier shapes count against the number of recompilations
-    timer = clock.CLOCKS[plan.device]
-    first = case.make(plan.device, case.shape, 0)
-    count = timer.number_of_sets(sum(x.numel() * x.element_size() for x in first.values()))
-    sets = [first, *(case.make(plan.device, case.shape, seed) for seed in range(1, count))]
-    exact = Exact(case, first, mode)
-    forms = forms_of(case, plan.compiling is not None and mode != BACKWARD) + by_backend(case, plan.device)
-    found = {form: _row(case, form, mode) for form in forms}
-    calls: dict[str, Sequence[clock.Call]] = {}
-    for form, row in found.items():
-        gated = _gated(case, form, row, exact, sets, plan)
-        if gated:
-            calls[form] = gated
-    samples = interleaved(calls, timer, plan.effort)
-    for form, times in samples.items():
-        found[form] |= summary(times, samples.get(OURS, []))
-        if not other_function(case, form):
-            found[form]["floor_ms"] = floor_ms(case, mode, plan.rates)
-        if plan.device == "cuda" and mode != BACKWARD and case.optimizer is None:
-            graph = clock.graphed(calls[form][0])
-            found[form]["graph_ms"] = graph and clock.median_ms(graph, "cuda", 0.1)
-    gc.collect()
-    return list(found.values())
+class Measurement:
+    """A case in one mode. Its first visit gates the forms; each after it times again what the one before has timed."""
+
+    def __init__(self, case: Case, mode: str, plan: Plan) -> None:
+        self.case, self.mode, self.plan, self.timer = case, mode, plan, clock.CLOCKS[plan.device]
+        forms = forms_of(case, plan.compiling is not None and mode != BACKWARD) + by_backend(case, plan.device)
+        self.found = {form: _row(case, form, mode) for form in forms}  # all that is known of each but its times
+        self.repeats: dict[str, int] = {}
+        self.visits: list[Samples] = []
+
+    def visit(self) -> list[Row]:
+        """One row a form, of all visits until now: its errors and times, or why there are none."""
+        if self.plan.compiling is not None:
+            torch._dynamo.reset()  # else earlier shapes count against the number of recompilations
+        sets = self._sets()
+        chosen = self._again(sets) if self.visits else self._gated(sets)
+        calls = {form: several for form, several in chosen if several}
+        effort = self.plan.effort.of_visit(len(self.visits))
+        self.visits.append(interleaved(calls, self.repeats, self.timer, effort))
+        if self.plan.device == "cuda" and len(self.visits) == 1:
+            self._time_graphs(calls)
+        gc.collect()
+        return [row | self._times(form) for form, row in self.found.items()]
+
+    def _sets(self) -> list[Inputs]:
+        """As many sets of inputs as the device's caches ask for."""
+        case, device = self.case, self.plan.device
+        first = case.make(device, case.shape, 0)
+        count = self.timer.number_of_sets(sum(x.numel() * x.element_size() for x in first.values()))
+        return [first, *(case.make(device, case.shape, seed) for seed in range(1, count))]
+
+    def _gated(self, sets: Sequence[Inputs]) -> Iterator[tuple[str, list[clock.Call]]]:
+        """Every form that is not left out, with its calls; a row of one that is says why."""
+        exact = Exact(self.case, sets[0], self.mode)
+        for form, row in self.found.items():
+            reason = why_not(self.case, form, self.mode, self.plan)
+            if reason is None:
+                yield form, self._calls(form, sets, exact)
+            else:
+                row["not_run"] = reason
+
+    def _again(self, sets: Sequence[Inputs]) -> Iterator[tuple[str, list[clock.Call]]]:
+        """What the visit before has timed, from the last to the first, as far as torch.compile has time left."""
+        for form in reversed(self.visits[-1]):
+            if not self._compiles(form) or self.plan.compiling.left_s > 0:
+                yield form, self._calls(form, sets)
+
+    def _calls(self, form: str, sets: Sequence[Inputs], exact: Exact | None = None) -> list[clock.Call]:
+        """The form's calls, one on each set, warm; none where it raises or `exact` shows it wrong."""
+        try:
+            with self.plan.compiling.spending() if self._compiles(form) else contextlib.nullcontext():
+                function = function_of(self.case, form, self.plan.backend)
+                if exact is not None and not self._is_right(form, function, sets[0], exact):
+                    return []
+                calls = [call_of(self.case, function, inputs, self.mode) for inputs in sets]
+                clock.warm(calls)
+                if form not in self.repeats:
+                    self.repeats[form] = clock.repeats(self.timer, calls)
+        except Exception as error:  # a peer that refuses a shape, and a compiler that fails, are rows of the report
+            self.found[form] |= _reason(self.case, form, error)
+            return []
+        return calls
+
+    def _compiles(self, form: str) -> bool:
+        return self.plan.compiling is not None and compiles(self.case, form)
+
+    def _is_right(self, form: str, function: Form, inputs: Inputs, exact: Exact) -> bool:
+        row = self.found[form]
+        row["errors"] = errors(self.case, form, function, inputs, exact)
+        if wrong(self.case, row["errors"]):
+            row["wrong"] = True
+        return "wrong" not in row
+
+    def _time_graphs(self, calls: dict[str, list[clock.Call]]) -> None:
+        """Adds the time of a call as a CUDA graph, where it can be one."""
+        if self.mode == BACKWARD or self.case.optimizer is not None:
+            return
+        for form, several in calls.items():
+            graph = clock.graphed(several[0])
+            self.found[form]["graph_ms"] = graph and clock.median_ms(graph, "cuda", 0.1)
+
+    def _times(self, form: str) -> Row:
+        """Over all visits; none of a form that raised in one of them."""
+        timed = [visit for visit in self.visits if form in visit]
+        if not timed or self.found[form].keys() & {"wrong", "not_run"}:
+            return {}
+        times = summary([visit[form] for visit in timed], [visit.get(OURS, []) for visit in timed])
+        if not other_function(self.case, form):
+            times["floor_ms"] = floor_ms(self.case, self.mode, self.plan.rates)
+        return times
 
 
 def _row(case: Case, form: str, mode: str) -> Row:
@@ -90,45 +161,31 @@ def _reason(case: Case, form: str, error: Exception) -> Row:
     return {"wrong" if peer_of(case, form) is None else "not_run": message}
 
 
-def _gated(case: Case, form: str, row: Row, exact: Exact, sets: Sequence[Inputs], plan: Plan) -> list[clock.Call]:
-    """The calls of a form that can run and is right, one on each set; else none, and the row says why."""
-    reason = why_not(case, form, exact.mode, plan)
-    if reason is not None:
-        row["not_run"] = reason
-        return []
-    spending = plan.compiling.spending() if plan.compiling and compiles(case, form) else contextlib.nullcontext()
-    try:
-        with spending:
-            function = function_of(case, form, plan.backend)
-            row["errors"] = errors(case, form, function, sets[0], exact)
-            calls = [call_of(case, function, inputs, exact.mode) for inputs in sets]
-            calls[0]()  # compiles what the gate has not
-    except Exception as error:  # a peer that refuses a shape, and a compiler that fails, are rows of the report
-        row |= _reason(case, form, error)
-        return []
-    if wrong(case, row["errors"]):
-        row["wrong"] = True
-        return []
-    return calls
-
-
 def floor_ms(case: Case, mode: str, rates: dict[str, float]) -> float:
     """The time of the operations at the rate of products, or of the bytes at that of a copy, whichever is longer."""
     seconds = max(case.flops[mode] / gemm_rate(rates, case.dtype), case.moved_bytes[mode] / rates["copy_bytes_per_s"])
     return 1e3 * seconds
 
 
-def summary(times: list[float], ours: list[float]) -> Row:
-    """Median and quartiles in milliseconds, and how many times ours it takes, round by round."""
+def summary(visits: Sequence[list[float]], ours: Sequence[list[float]] = ()) -> Row:
+    """Of all visits' rounds: median and quartiles in milliseconds, and how many times ours it takes, round by round."""
+    times = list(itertools.chain(*visits))
     row: Row = {
         "median_ms": 1e3 * statistics.median(times), "low_ms": 1e3 * quartile(times, 0.25),
         "high_ms": 1e3 * quartile(times, 0.75), "rounds": len(times),
     }  # fmt: skip
-    ratios = [theirs / own for theirs, own in zip(times, ours, strict=False)]
+    by_visit = [_ratios(*pair) for pair in zip(visits, ours, strict=False)]
+    ratios = list(itertools.chain(*by_visit))
     if ratios:
         row |= {"ratio": statistics.median(ratios), "ratio_low": quartile(ratios, 0.25)}
-        row["ratio_high"] = quartile(ratios, 0.75)
+        row |= {"ratio_high": quartile(ratios, 0.75)}
+        row["ratio_visits"] = [statistics.median(several) for several in by_visit if several]
     return row
+
+
+def _ratios(times: Sequence[float], ours: Sequence[float]) -> list[float]:
+    """Of the rounds that both were in, which are the first of a visit."""
+    return [theirs / own for theirs, own in zip(times, ours, strict=False)]
 
 
 def quartile(values: Sequence[float], fraction: float) -> float:

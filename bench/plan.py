@@ -7,15 +7,29 @@ from typing import NamedTuple
 
 
 class Effort(NamedTuple):
-    """How long to repeat one case in one mode; a form that should take longer than the limit is left out."""
+    """How long to repeat one case in one mode, and in how many visits, each of which has a round at least.
+
+    The budget is of the forms near the fastest; the others have `far_rounds`. A form whose call should take longer than
+    the limit is left out.
+    """
 
     budget_s: float
     least_rounds: int
     most_rounds: int
     limit_s: float = 3.0
+    visits: int = 1
+    far_rounds: int = 2
+
+    def of_visit(self, index: int) -> "Effort":
+        """A visit's share; what is left over goes to the first."""
+        least, most, far = (
+            (rounds + self.visits - 1 - index) // self.visits
+            for rounds in (self.least_rounds, self.most_rounds, self.far_rounds)
+        )
+        return Effort(self.budget_s / self.visits, least, most, self.limit_s, far_rounds=far)
 
 
-QUICK, THOROUGH = Effort(0.6, 3, 7, 0.7), Effort(1.5, 5, 21)
+QUICK, THOROUGH = Effort(0.6, 3, 7, 0.7, visits=2), Effort(2.0, 5, 21, visits=2)
 
 
 class Allowance:

@@ -127,7 +127,7 @@ def _targets(records: dict[str, store.Record]) -> Section:
 def _ratios(rows: list[tables.Row]) -> Section:
     note = (
         "Ratio: the peer's time over ours, the median of the rounds' ratios with its quartiles; noisy where those, "
-        "or two "
+        "the medians of the run's two visits, or two "
         "runs of one commit, lie more than 10% apart. Roofline: the least time, by operations over the rate of matrix "
         "products or bytes over that of a copy, whichever is longer, as a share of ours; both rates are of the "
         "same run."

@@ -39,16 +39,18 @@ def write(path: pathlib.Path, record: Record) -> None:
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
+    if isinstance(value, list):
+        return [_rounded(x) for x in value]
     return {key: _rounded(x) for key, x in value.items()} if isinstance(value, dict) else value
 
 
-def merged(rows: list[Row], new: list[Row], device: str) -> list[Row]:
+def merged(rows: list[Row], new: list[Row], device: str, earlier: list[Row] | None = None) -> list[Row]:
     """The rows with those of one case and mode replaced, in the registry's order; other cases leave with the registry.
 
     A form that is timed again keeps its memory until that is measured again, and at the same commit the ratio of the
-    time before, so that a report can tell what two runs disagree on.
+    run before, so that a report can tell what two runs disagree on. `earlier` are that run's rows, if not `rows`.
     """
-    before = {(row["case"], row["mode"], row["form"]): row for row in rows}
+    before = {(row["case"], row["mode"], row["form"]): row for row in (rows if earlier is None else earlier)}
     for row in new:
         old = before.get((row["case"], row["mode"], row["form"]), {})
         if "median_ms" in row and "median_ms" in old:

@@ -14,7 +14,7 @@ LABELS = {  # rows of the README's table, by group
     "spectral norm": "spectral norm of {layers} layers",
 }
 PICTURE = "docs/images/bench.png"  # the README's plot
-NOISY = 0.1  # a ratio is noisy where its quartiles, or two runs of one commit, are further apart than this share of it
+NOISY = 0.1  # a ratio is noisy where its quartiles, visits or two runs of one commit lie this share of it apart
 
 
 class Result(NamedTuple):
@@ -33,9 +33,12 @@ class Result(NamedTuple):
 
 
 def is_noisy(row: Row) -> bool:
-    """Whether the rounds of a ratio, or this run and the one before at the same commit, disagree."""
-    ratio, before = row["ratio"], row.get("ratio_before", row["ratio"])
-    return row["ratio_high"] - row["ratio_low"] > NOISY * ratio or abs(ratio - before) > NOISY * ratio
+    """Whether the rounds of a ratio, its visits, or this run and the one before at the same commit, disagree."""
+    ratio, visits = row["ratio"], row.get("ratio_visits", [row["ratio"]])
+    spreads = (
+        row["ratio_high"] - row["ratio_low"], max(visits) - min(visits), abs(ratio - row.get("ratio_before", ratio)),
+    )  # fmt: skip
+    return max(spreads) > NOISY * ratio
 
 
 def disagreements(rows: Sequence[Row], again: Sequence[Row]) -> tuple[int, list[Row]]:

@@ -23,6 +23,7 @@ def prepare(name: str, mode: str, device: str) -> tuple[list[clock.Call], int]:
     if gate.wrong(case, found):
         raise ArithmeticError(f"wrong, errors {found}")
     calls = [forms.call_of(case, function, inputs, mode) for inputs in sets]
+    clock.warm(calls)
     return calls, clock.repeats(timer, calls)
 
 

@@ -48,6 +48,11 @@ def small(group: str, dtype: str = "fp32") -> Case:
     return case._replace(shape=case.small, peers=peers)
 
 
+def measured(case: Case, mode: str, plan: Plan = PLAN) -> list[store.Row]:
+    """The rows of a first visit."""
+    return measure.Measurement(case, mode, plan).visit()
+
+
 GROUPS = sorted({(case.group, case.modes[-1]) for case in cases()})
 
 
@@ -85,7 +90,7 @@ def test_transformers_form_needs_nothing_of_the_tests() -> None:
 @pytest.mark.parametrize(("group", "mode"), GROUPS)
 def test_every_form_is_right_and_timed(group: str, mode: str) -> None:
     case = small(group)
-    rows = measure.rows(case, mode, PLAN)
+    rows = measured(case, mode)
     assert [row["form"] for row in rows] == forms.forms_of(case, False)
     assert all(row["median_ms"] > 0 and row["errors"]["output"] < 0.05 for row in rows), rows
     assert rows[0]["form"] == OURS
@@ -95,11 +100,12 @@ def test_every_form_is_right_and_timed(group: str, mode: str) -> None:
 def test_a_wrong_result_has_no_speed() -> None:
     case = small("maps")
     peers = {**case.peers, "wrong": Peer(lambda: lambda query, key, value: 1.01 * value)}
-    rows = measure.rows(case._replace(peers=peers), "forward", PLAN)
+    rows = measured(case._replace(peers=peers), "forward")
     assert rows[-1]["wrong"]
     assert "median_ms" not in rows[-1]
-    ours = measure.rows(case._replace(ours=lambda backend: lambda query, key, value: (2 - (backend == "auto")) * value),
-                        "forward", PLAN)  # fmt: skip
+    ours = measured(
+        case._replace(ours=lambda backend: lambda query, key, value: (2 - (backend == "auto")) * value), "forward"
+    )
     assert ours[0]["wrong"]
     assert "median_ms" not in ours[0]
 
@@ -109,7 +115,7 @@ def test_a_form_that_raises_says_why() -> None:
         raise RuntimeError("no such shape")
 
     case = small("maps")
-    rows = measure.rows(case._replace(peers={"refusing": Peer(lambda: refuse)}), "forward", PLAN)
+    rows = measured(case._replace(peers={"refusing": Peer(lambda: refuse)}), "forward")
     assert rows[-1]["not_run"] == "RuntimeError: no such shape"
 
 
@@ -130,7 +136,7 @@ def test_compiled_forms_are_beside_eager_ones() -> None:
 def test_a_spent_allowance_leaves_out_what_compiles() -> None:
     case = small("landmarks")._replace(compiled_in_full=True)
     peers = {name: peer for name, peer in case.peers.items() if name == "two SDPA calls"}
-    rows = measure.rows(case._replace(peers=peers), "forward", PLAN._replace(compiling=Allowance(0.0)))
+    rows = measured(case._replace(peers=peers), "forward", PLAN._replace(compiling=Allowance(0.0)))
     assert [row["form"] for row in rows if "median_ms" in row] == [OURS, "two SDPA calls"]
     assert {row["not_run"] for row in rows[2:]} == {"the time for torch.compile was spent"}
 
@@ -184,14 +190,6 @@ def test_a_step_ends_with_the_optimizer_s_and_leaves_the_inputs() -> None:
     assert torch.equal(inputs["matrix"], before["matrix"])
 
 
-def test_rounds_are_interleaved() -> None:
-    order: list[str] = []
-    calls = {name: [lambda n=name: order.append(n)] for name in ("ours", "peer")}
-    samples = measure.interleaved(calls, clock.CLOCKS["cpu"], Effort(0.0, 2, 2))
-    assert order[-4:] == ["ours", "peer", "peer", "ours"]
-    assert [len(times) for times in samples.values()] == [2, 2]
-
-
 def test_sets_of_inputs_take_turns() -> None:
     order: list[int] = []
     clock.CpuClock().sample_s([lambda i=i: order.append(i) for i in range(3)], 5)
@@ -222,39 +220,6 @@ def test_the_cuda_clock_times_by_events_past_the_cache(monkeypatch: pytest.Monke
     assert clock.CudaClock().sample_s([call], 4) == pytest.approx(1e-3)
     assert clock.CudaClock().number_of_sets(10 << 20) == 10
     assert clock.CudaClock().number_of_sets(1 << 30) == 2
-
-
-def noisy_row(**fields: float) -> dict[str, float]:
-    return {"ratio": 2.0, "ratio_low": 1.95, "ratio_high": 2.05, **fields}
-
-
-def test_a_ratio_is_noisy_where_rounds_or_runs_disagree() -> None:
-    assert not tables.is_noisy(noisy_row())
-    assert not tables.is_noisy(noisy_row(ratio_before=1.85))
-    assert tables.is_noisy(noisy_row(ratio_high=2.3))
-    assert tables.is_noisy(noisy_row(ratio_before=1.7))
-
-
-def test_what_two_runs_disagree_on_is_named() -> None:
-    place = {"case": "c", "mode": "forward", "form": "eager"}
-    same, apart = (noisy_row() | place for _ in range(2))
-    apart |= {"ratio": 2.5, "ratio_low": 2.45, "ratio_high": 2.55}
-    assert tables.disagreements([same], [same]) == (1, [])
-    assert tables.disagreements([same], [apart]) == (1, [apart])
-    assert tables.disagreements([same], [apart | {"ratio_high": 3.0}]) == (1, [])
-
-
-def test_a_second_run_of_a_commit_knows_the_first() -> None:
-    """Two runs agree within 10%, or the report marks the ratio."""
-    case = small("pinv")
-    runs = [[row | {"commit": "abc"} for row in measure.rows(case, "forward", PLAN)] for _ in range(2)]
-    rows = store.merged(store.merged([], runs[0], "cpu"), runs[1], "cpu")
-    for row, before in zip(rows, runs[0], strict=True):
-        assert row["ratio_before"] == before["ratio"]
-        apart = abs(row["ratio"] - before["ratio"]) > tables.NOISY * row["ratio"]
-        assert tables.is_noisy(row) >= apart
-    other = store.merged(rows, [row | {"commit": "def"} for row in measure.rows(case, "forward", PLAN)], "cpu")
-    assert not [row for row in other if "ratio_before" in row]
 
 
 @pytest.mark.parametrize(
