@@ -41,18 +41,20 @@ class Exact:
     def __init__(self, case: Case, inputs: Inputs, mode: str) -> None:
         self.case, self.mode, self.whole = case, mode, inputs
         self.inputs = {name: (_first_head(x) if case.heads else x).double() for name, x in inputs.items()}
-        self.ours: list[list[Tensor]] | None = None
+        self.known: dict[Form | None, list[list[Tensor]]] = {}  # by definition; None is that of ours
 
     def of(self, form: str) -> list[list[Tensor]]:
         peer = peer_of(self.case, form)
-        if peer is not None and peer.coupled:
+        definition = None if peer is None else peer.definition
+        if definition not in self.known:
+            self.known[definition] = self._results(definition, peer is not None and peer.coupled)
+        return self.known[definition]
+
+    def _results(self, definition: Form | None, coupled: bool) -> list[list[Tensor]]:
+        if coupled:
             wide = {name: x.double() for name, x in self.whole.items()}
-            return [[_first_head(x) for x in group] for group in results(peer.definition, wide, self.mode)]
-        if peer is not None and peer.definition is not None:
-            return results(peer.definition, self.inputs, self.mode)
-        if self.ours is None:
-            self.ours = results(self.case.ours("reference"), self.inputs, self.mode)
-        return self.ours
+            return [[_first_head(x) for x in group] for group in results(definition, wide, self.mode)]
+        return results(definition or self.case.ours("reference"), self.inputs, self.mode)
 
 
 def errors(case: Case, form: str, function: Form, inputs: Inputs, exact: Exact) -> dict[str, float]:
