@@ -1,7 +1,7 @@
 """The cuda stage: compute-sanitizer over the C++ kernels, and their time beside the other backends', launch by launch.
 
-Times are of CUDA graphs that are replayed, so that what Python takes does not enter. nystrom_attention of few tokens is
-one launch on cuda; "cuda, many launches" are those of longer sequences, on the same inputs.
+Times are of CUDA graphs that are replayed, so that what Python takes does not enter. On cuda, nystrom_attention of few
+tokens is one launch and iterative_pinv of 65 to 256 rows runs in clusters; WITHOUT are the same calls the other way.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from nystromgan.bench import gpu_checks
 
 Row = dict[str, Any]
 TOOLS = ("memcheck", "racecheck")
-MANY = "cuda, many launches"  # of nystrom_attention alone
-BACKENDS = ("cuda", MANY, "triton", "reference")
+BACKENDS = ("cuda", "triton", "reference")
+WITHOUT = {"nystrom_attention": "single_launch", "iterative_pinv": "clusters"}  # what an op can be told to leave
 REPLAYS, REPEATS = 20, 9
 
 
@@ -40,10 +40,11 @@ def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder
         for tool in TOOLS:
             if ops is None or op in ops:
                 yield _sanitized(op, tool, budget_s)
-    if ops is None or "nystrom_attention" in ops:
-        yield from _many_launch_rows()
+    for op in WITHOUT:
+        if ops is None or op in ops:
+            yield from _rows_without(op)
     for op, name, function, inputs in _cases():
-        for backend in BACKENDS if op == "nystrom_attention" else [x for x in BACKENDS if x != MANY]:
+        for backend in _forms(op, BACKENDS):
             for mode in ("forward", "both"):
                 if (ops is None or op in ops) and time.perf_counter() - started < budget_s:
                     row = {"op": op, "case": name, "backend": backend, "mode": mode}
@@ -52,27 +53,34 @@ def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder
                     )
 
 
+def _forms(op: str, backends: tuple[str, ...]) -> list[str]:
+    """The backends, and cuda without what `op` can leave."""
+    return [*backends, *([f"cuda without {WITHOUT[op]}"] if op in WITHOUT else [])]
+
+
 @contextlib.contextmanager
-def _launches(form: str) -> Iterator[str]:
-    """The backend of a form; within, nystrom_attention takes no single launch where the form is MANY."""
-    if form != MANY:
-        yield form
+def _running(form: str) -> Iterator[str]:
+    """The backend of a form, which within leaves what its name says."""
+    backend, _, left = form.partition(" without ")
+    if not left:
+        yield backend
         return
-    allow = ctypes.CDLL(str(_native.library_path(_native.CUDA_LIBRARY))).nystromgan_cuda_allow_single_launch
+    allow = getattr(ctypes.CDLL(str(_native.library_path(_native.CUDA_LIBRARY))), f"nystromgan_cuda_allow_{left}")
     allow(0)
     try:
-        yield "cuda"
+        yield backend
     finally:
         allow(1)
 
 
-def _many_launch_rows() -> Iterator[Row]:
-    """The correctness stage's rows of nystrom_attention, whose sizes are those of the single launch, without it."""
+def _rows_without(op: str) -> Iterator[Row]:
+    """The correctness stage's rows of `op` without what it can leave."""
     for check in gpu_checks.checks(tiny=False):
-        for dtype in _backend.NATIVE_DTYPES if check.op == "nystrom_attention" else ():
-            with _launches(MANY) as backend:
+        for dtype in _backend.NATIVE_DTYPES if check.op == op else ():
+            (form,) = _forms(op, ())
+            with _running(form) as backend:
                 errors = functools.partial(gpu_checks._errors, check, dtype, backend, "cuda")
-                yield gpu_checks._guarded(check.op, MANY, f"{check.name} {dtype}", errors)
+                yield gpu_checks._guarded(op, form, f"{check.name} {dtype}", errors)
 
 
 def _sanitized(op: str, tool: str, budget_s: float) -> Row:
@@ -105,7 +113,7 @@ def _cases() -> Iterator[tuple[str, str, Callable[..., torch.Tensor], dict[str, 
 
 
 def _timed(function: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], row: Row) -> Row:
-    with _launches(row["backend"]) as backend:
+    with _running(row["backend"]) as backend:
         return _times(function, inputs, backend, row["mode"] == "both")
 
 
@@ -142,9 +150,9 @@ def main(op: str) -> int:
     wrong = 0
     for check in gpu_checks.checks(tiny=False):
         for dtype in (torch.float32, torch.bfloat16):
-            for form in ("cuda", MANY) if op == "nystrom_attention" else ("cuda",):
+            for form in _forms(op, ("cuda",)):
                 if check.op == op:
-                    with _launches(form) as backend:
+                    with _running(form) as backend:
                         errors = functools.partial(gpu_checks._errors, check, dtype, backend, "cuda")
                         wrong += bool(gpu_checks._guarded(op, form, check.name, errors)["wrong"])
     if op == "power_iteration":

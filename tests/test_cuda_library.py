@@ -87,9 +87,10 @@ def test_every_entry_point_is_registered() -> None:
 
 
 @built
-def test_the_single_launch_can_be_turned_off() -> None:
-    """For measurements beside the other path."""
-    ctypes.CDLL(str(FOLDER / _native.CUDA_LIBRARY)).nystromgan_cuda_allow_single_launch(1)
+@pytest.mark.parametrize("path", ["single_launch", "clusters"])
+def test_a_path_can_be_turned_off(path: str) -> None:
+    """For measurements beside the other one."""
+    getattr(ctypes.CDLL(str(FOLDER / _native.CUDA_LIBRARY)), f"nystromgan_cuda_allow_{path}")(1)
 
 
 @built

@@ -12,6 +12,7 @@
 
 #include "emulation/emulation.h"
 #define DEVICE inline
+#define HAS_CLUSTERS 1
 #define UNROLL
 #define KERNEL(name, Params, threads, blocks)                                        \
   static void name##_body(const Params& p);                                          \
@@ -20,6 +21,7 @@
 #else
 #include <cooperative_groups.h>
 #define DEVICE __device__ __forceinline__
+#define HAS_CLUSTERS (__CUDA_ARCH__ >= 900)
 #define UNROLL _Pragma("unroll")
 // At most `threads` a block, and registers for `blocks` of them on a multiprocessor.
 #define KERNEL(name, Params, threads, blocks) \
@@ -54,6 +56,11 @@ inline void sync_warp() {
   emulation::gather(&none, 0, &none, 0, [](const char*, char*) {});
 }
 inline void sync_grid() { emulation::sync_grid(); }
+inline int cluster_rank() { return emulation::place.rank; }
+inline void sync_cluster() { emulation::sync_grid(); }  // one cluster runs at a time
+inline Four load_remote(const void* own, int rank) {
+  return *reinterpret_cast<const Four*>(emulation::remote(own, rank));
+}
 inline void commit_copies() { emulation::commit_copies(); }
 inline void copy_async(void* target, const void* source, int bytes) {
   emulation::copy_later(target, source, bytes, 16 - bytes);
@@ -218,7 +225,35 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 // Of a cooperative launch: all blocks have come here, and see what the others wrote.
 DEVICE void sync_grid() { cooperative_groups::this_grid().sync(); }
+// Of a launch in clusters, on sm_90 and later: this block's place in its cluster; all its blocks have come here, and see what
+// the others wrote, also into their shared memory.
+DEVICE int cluster_rank() {
+  int rank = 0;
+#if HAS_CLUSTERS
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+DEVICE void sync_cluster() {
+#if HAS_CLUSTERS
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+DEVICE void stop() { asm volatile("trap;"); }
+// 16 bytes of another block's shared memory, from where `own` is in this block's.
+DEVICE Four load_remote(const void* own, int rank) {
+  Four x{};
+#if HAS_CLUSTERS
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x[0]), "=f"(x.x[1]), "=f"(x.x[2]), "=f"(x.x[3])
+               : "r"(address)
+               : "memory");
+#endif
+  return x;
+}
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // 16 bytes to shared memory: the first `bytes` of them from global memory, which are all that is read, and zeros.
 DEVICE void copy_async(void* target, const void* source, int bytes) {

@@ -23,7 +23,8 @@ struct PinvChip {
   int size, iterations;
 };
 
-// Tiles of all matrices shared by all blocks of a cooperative launch, through memory.
+// Tiles of all matrices shared by all blocks of a cooperative launch, through memory; or, of the forward, each matrix by a
+// cluster of blocks, which needs neither `padded` nor room for iterates.
 struct PinvTiled {
   const float* matrix;       // (count, M, M)
   const float* norms;        // (count, 2)

@@ -26,6 +26,7 @@ struct Launch {
   int threads;
   size_t shared_bytes;
   bool cooperative = false;  // all blocks at once, at most `resident_blocks`, so that they can wait for each other
+  int cluster = 1;           // blocks that can read each other's shared memory, where there are clusters
 };
 
 // On the current stream of the tensor's device; raises what the driver says.
@@ -33,6 +34,10 @@ void launch(const Kernel& kernel, const Launch& launch, const void* parameters, 
 
 // How many blocks of a kernel the device of `on` holds at once.
 int64_t resident_blocks(const Kernel& kernel, int threads, size_t shared_bytes, const Tensor& on);
+
+// Whether the device of `on` runs a kernel in clusters of up to eight blocks with so many bytes of shared memory each, and
+// the kernel was compiled for that: sm_90a's was.
+bool has_clusters(const Kernel& kernel, size_t shared_bytes, const Tensor& on);
 
 // Bytes of shared memory that one block may take on the device of `on`.
 size_t shared_limit(const Tensor& on);

@@ -16,10 +16,10 @@ namespace nystromgan {
 constexpr float kHalvesUnit = 4096.0f;  // of A and P
 constexpr int kHalvesExponent = 8;      // of Z's largest entry: V2 may be 71 times as large, and float16 ends at 2^16
 
-// A (BLOCK, BLOCK) matrix in shared memory, as float16 parts of its scaled elements.
-template <int BLOCK>
+// A matrix in shared memory, as float16 parts of its scaled elements.
+template <int ROWS, int COLUMNS = ROWS>
 struct HalvesSlot {
-  static constexpr int kStride = BLOCK + 8, kElements = BLOCK * kStride, kBytes = 2 * kElements * 2;
+  static constexpr int kStride = COLUMNS + 8, kElements = ROWS * kStride, kBytes = 2 * kElements * 2;
   Half* high;
 
   DEVICE Half* low() const { return high + kElements; }
@@ -53,43 +53,46 @@ DEVICE void halves_left(HalvesLeft (&left)[BLOCK / 16], const Fragment (&c)[BLOC
   }
 }
 
-// Writes this warp's 16 rows.
-template <int BLOCK>
-DEVICE void store_halves(const HalvesSlot<BLOCK>& slot, const Fragment (&c)[BLOCK / 8], int row) {
+// Writes 16 rows from (row, column) on.
+template <int COUNT, class Slot>
+DEVICE void store_halves(const Slot& slot, const Fragment (&c)[COUNT], int row, int column) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   UNROLL
-  for (int j = 0; j < BLOCK / 8; ++j) {
+  for (int j = 0; j < COUNT; ++j) {
     UNROLL
     for (int h = 0; h < 2; ++h) {
       const HalvesPair pair = halves_of(c[j].x[2 * h], c[j].x[2 * h + 1]);
-      const int place = (row + g + 8 * h) * HalvesSlot<BLOCK>::kStride + 8 * j + 2 * t;
+      const int place = (row + g + 8 * h) * Slot::kStride + column + 8 * j + 2 * t;
       *reinterpret_cast<uint32_t*>(slot.high + place) = pair.high;
       *reinterpret_cast<uint32_t*>(slot.low() + place) = pair.low;
     }
   }
 }
 
-// c = left times all of `right`. Each of the three products goes over all columns before the next: an accumulator rests
-// while the others are added to.
+// c += left times 16 rows of `right` from (depth, column) on. Each of the three products goes over all columns before the
+// next: an accumulator rests while the others are added to.
+template <int COUNT, class Slot>
+DEVICE void add_halves(Fragment (&c)[COUNT], const HalvesLeft& left, const Slot& right, int depth, int column) {
+  Right<Half> high[COUNT / 2], low[COUNT / 2];
+  UNROLL
+  for (int j = 0; j < COUNT / 2; ++j) {
+    high[j] = right_at<false>(right.high, Slot::kStride, column + 16 * j, depth);
+    low[j] = right_at<false>(right.low(), Slot::kStride, column + 16 * j, depth);
+  }
+  UNROLL
+  for (int j = 0; j < COUNT / 2; ++j) multiply(c[2 * j], c[2 * j + 1], left.low, high[j]);
+  UNROLL
+  for (int j = 0; j < COUNT / 2; ++j) multiply(c[2 * j], c[2 * j + 1], left.high, low[j]);
+  UNROLL
+  for (int j = 0; j < COUNT / 2; ++j) multiply(c[2 * j], c[2 * j + 1], left.high, high[j]);
+}
+
+// c = left times all of `right`.
 template <int BLOCK>
 DEVICE void multiply_halves(Fragment (&c)[BLOCK / 8], const HalvesLeft (&left)[BLOCK / 16], const HalvesSlot<BLOCK>& right) {
-  constexpr int kStride = HalvesSlot<BLOCK>::kStride, kPairs = BLOCK / 16;
   clear(c);
   UNROLL
-  for (int k = 0; k < BLOCK / 16; ++k) {
-    Right<Half> high[kPairs], low[kPairs];
-    UNROLL
-    for (int j = 0; j < kPairs; ++j) {
-      high[j] = right_at<false>(right.high, kStride, 16 * j, 16 * k);
-      low[j] = right_at<false>(right.low(), kStride, 16 * j, 16 * k);
-    }
-    UNROLL
-    for (int j = 0; j < kPairs; ++j) multiply(c[2 * j], c[2 * j + 1], left[k].low, high[j]);
-    UNROLL
-    for (int j = 0; j < kPairs; ++j) multiply(c[2 * j], c[2 * j + 1], left[k].high, low[j]);
-    UNROLL
-    for (int j = 0; j < kPairs; ++j) multiply(c[2 * j], c[2 * j + 1], left[k].high, high[j]);
-  }
+  for (int k = 0; k < BLOCK / 16; ++k) add_halves(c, left[k], right, 16 * k, 0);
 }
 
 // The power of two that brings `largest` to [2^kHalvesExponent, 2^(kHalvesExponent + 1)); 1 for zero.
@@ -98,23 +101,23 @@ DEVICE float halves_scale(float largest) {
   return exponent == 0 ? 1.0f : float_of(static_cast<uint32_t>(minimum(wanted, 254)) << 23);
 }
 
-// Scales all rows of a block alike, for the largest of their elements. `s_largest` is room for a number a warp, which no
-// one may read any more; gives the factor.
-template <int BLOCK>
-DEVICE float rescale(Fragment (&c)[BLOCK / 8], float* s_largest) {
+// Scales what all warps of a block hold alike, for the largest of its elements. `s_largest` is room for a number a warp,
+// which no one may read any more; gives the factor.
+template <int COUNT>
+DEVICE float rescale(Fragment (&c)[COUNT], float* s_largest) {
   float largest = 0.0f;
   UNROLL
-  for (int j = 0; j < BLOCK / 8; ++j) {
+  for (int j = 0; j < COUNT; ++j) {
     UNROLL
     for (int i = 0; i < 4; ++i) largest = max_of(largest, fabsf(c[j].x[i]));
   }
   largest = warp_max(largest);
   if (lane_index() == 0) s_largest[warp_index()] = largest;
   sync_block();
-  for (int i = 0; i < BLOCK / 16; ++i) largest = max_of(largest, s_largest[i]);
+  for (int i = 0; i < num_threads() / 32; ++i) largest = max_of(largest, s_largest[i]);
   const float factor = halves_scale(largest);
   UNROLL
-  for (int j = 0; j < BLOCK / 8; ++j) {
+  for (int j = 0; j < COUNT; ++j) {
     UNROLL
     for (int i = 0; i < 4; ++i) c[j].x[i] *= factor;
   }
@@ -128,8 +131,8 @@ DEVICE void pinv_steps_halves(const HalvesLeft (&a)[BLOCK / 16], Fragment (&b_z)
   const int row = 16 * warp_index();
   float back = 1.0f;  // from the scale of b_z
   for (int step = 0; step < iterations; ++step) {
-    back /= rescale<BLOCK>(b_z, s_largest);
-    store_halves<BLOCK>(z, b_z, row);
+    back /= rescale(b_z, s_largest);
+    store_halves(z, b_z, row, 0);
     sync_block();
     Fragment b[BLOCK / 8];
     multiply_halves<BLOCK>(b, a, z);
@@ -138,7 +141,7 @@ DEVICE void pinv_steps_halves(const HalvesLeft (&a)[BLOCK / 16], Fragment (&b_z)
       UNROLL
       for (int i = 0; i < 4; ++i) b[j].x[i] *= back;
     }
-    store_halves<BLOCK>(p, b, row);
+    store_halves(p, b, row, 0);
     HalvesLeft left[BLOCK / 16];
     halves_left<BLOCK>(left, b_z);
     sync_block();

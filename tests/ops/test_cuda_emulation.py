@@ -63,6 +63,10 @@ else:
             results.append([output, *torch.autograd.grad(output.float().square().sum(), list(leaves.values()))])
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
+    def allow(path: str, allowed: bool) -> None:
+        """Whether the library may take the path "single_launch" or "clusters" where it applies; it may at first."""
+        getattr(ctypes.CDLL(str(FOLDER / _native.CPU_LIBRARY)), f"nystromgan_cuda_allow_{path}")(int(allowed))
+
     def matrices(*shape: int) -> Tensor:
         """Matrices of which no two rows or columns have the same sum: a maximum's gradient has one place to go."""
         return normal(*shape, seed=5).abs()
@@ -78,6 +82,34 @@ else:
             matrix = matrices(1, 130, 130)
             expected = iterative_pinv(matrix, iterations=1, backend="reference")
             assert relative_error(iterative_pinv(matrix, iterations=1, backend=BACKEND), expected) < 1e-6
+
+        @pytest.mark.parametrize(
+            ("size", "count", "iterations", "init"),
+            [(70, 2, 3, "per_matrix"), (128, 2, 1, "global_max"), (150, 1, 1, "per_matrix")],
+        )
+        def test_by_a_cluster_of_blocks(self, size: int, count: int, iterations: int, init: str) -> None:
+            """As near to float64 as by one block or through memory, also of matrices whose rows are no weights."""
+            uneven = 1e-3 * normal(count, size, size) * normal(count, size, 1, seed=1).exp()
+            for matrix in (matrices(count, size, size), uneven):
+                function = functools.partial(iterative_pinv, iterations=iterations, init=init)
+                exact, clustered = function(matrix.double(), backend="reference"), function(matrix, backend=BACKEND)
+                allow("clusters", False)
+                try:
+                    other = function(matrix, backend=BACKEND)
+                finally:
+                    allow("clusters", True)
+                assert not torch.equal(clustered, other)  # or the same path ran twice
+                assert relative_error(clustered, exact) <= 1.5 * relative_error(other, exact) + 2e-7
+
+        @pytest.mark.parametrize("size", [128, 130])
+        def test_without_clusters(self, size: int) -> None:
+            matrix = matrices(1, size, size)
+            expected = iterative_pinv(matrix, iterations=1, backend="reference")
+            allow("clusters", False)
+            try:
+                assert relative_error(iterative_pinv(matrix, iterations=1, backend=BACKEND), expected) < 1e-6
+            finally:
+                allow("clusters", True)
 
         def test_no_worse_than_eager_after_six_steps(self) -> None:
             matrix = matrices(2, 32, 32).softmax(-1)
@@ -238,14 +270,11 @@ else:
     }
     EACH = [(case, dtype) for case, (_, _, dtypes) in NYSTROM.items() for dtype in dtypes]
 
-    def allow_single_launch(allowed: bool) -> None:
-        ctypes.CDLL(str(FOLDER / _native.CPU_LIBRARY)).nystromgan_cuda_allow_single_launch(int(allowed))
-
     @pytest.fixture(params=["one launch", "many launches"])
     def launches(request: pytest.FixtureRequest) -> Iterator[str]:
-        allow_single_launch(request.param == "one launch")
+        allow("single_launch", request.param == "one launch")
         yield request.param
-        allow_single_launch(True)
+        allow("single_launch", True)
 
     @pytest.mark.usefixtures("launches")
     class TestNystromAttention:
@@ -291,11 +320,11 @@ else:
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(library._library, "kernel", lambda *_: keep)
-                allow_single_launch(allowed)
+                allow("single_launch", allowed)
                 try:
                     nystrom_attention(**inputs, **options, backend=BACKEND)
                 finally:
-                    allow_single_launch(True)
+                    allow("single_launch", True)
             return kept[0]
 
         @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,6 +26,7 @@ struct Driver {
 #define NYSTROMGAN_DRIVER(X)                                                                                     \
   X(cuInit) X(cuGetErrorString) X(cuDeviceGet) X(cuDeviceGetCount) X(cuDeviceGetName) X(cuDeviceGetAttribute)    \
   X(cuLibraryLoadData) X(cuLibraryGetKernel) X(cuKernelSetAttribute) X(cuKernelGetFunction) X(cuLaunchKernelEx)  \
+  X(cuFuncGetAttribute)                                                                                          \
   X(cuOccupancyMaxActiveBlocksPerMultiprocessor) X(cuDevicePrimaryCtxRetain) X(cuCtxPushCurrent) X(cuCtxPopCurrent)
 #define NYSTROMGAN_POINTER(function) decltype(&::function) function = nullptr;
   NYSTROMGAN_DRIVER(NYSTROMGAN_POINTER)
@@ -143,15 +144,22 @@ void launch(const Kernel& kernel, const Launch& launch, const void* parameters, 
   STD_TORCH_CHECK(launch.blocks < int64_t{1} << 31, "nystromgan: ", kernel.name, " needs ", launch.blocks, " blocks");
   const int index = on.get_device_index();
   const OnDevice guard(index);
-  CUlaunchAttribute attribute{};
-  attribute.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
-  attribute.value.cooperative = 1;
+  CUlaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (launch.cooperative) {
+    attributes[count].id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+    attributes[count++].value.cooperative = 1;
+  }
+  if (launch.cluster > 1) {
+    attributes[count].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attributes[count++].value.clusterDim = {static_cast<unsigned>(launch.cluster), 1, 1};
+  }
   CUlaunchConfig config{};
   config.gridDimX = static_cast<unsigned>(launch.blocks), config.gridDimY = config.gridDimZ = 1;
   config.blockDimX = launch.threads, config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned>(launch.shared_bytes);
   config.hStream = current_stream(index);
-  config.attrs = &attribute, config.numAttrs = launch.cooperative ? 1 : 0;
+  config.attrs = attributes, config.numAttrs = count;
   void* arguments[] = {const_cast<void*>(parameters)};
   driver().check(driver().cuLaunchKernelEx(&config, function_of(kernel, index), arguments, nullptr), kernel.name);
 }
@@ -165,6 +173,16 @@ int64_t resident_blocks(const Kernel& kernel, int threads, size_t shared_bytes, 
       driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function_of(kernel, index), threads, shared_bytes),
       kernel.name);
   return int64_t{blocks} * driver().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, index);
+}
+
+bool has_clusters(const Kernel& kernel, size_t shared_bytes, const Tensor& on) {
+  const int index = on.get_device_index();
+  if (shared_bytes > shared_limit(on) || !driver().attribute(CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, index)) return false;
+  const OnDevice guard(index);
+  int version = 0;  // of the code that the driver chose: on a later device it may be that of sm_80, made for it anew
+  driver().check(
+      driver().cuFuncGetAttribute(&version, CU_FUNC_ATTRIBUTE_PTX_VERSION, function_of(kernel, index)), kernel.name);
+  return version >= 90;
 }
 
 size_t shared_limit(const Tensor& on) {

@@ -56,7 +56,8 @@ struct Launch {
 
 Launch launch;
 Fibre* current;
-Barrier grid;
+Barrier grid;  // of all blocks that run together
+Block* cluster_blocks;
 void* scheduler_stack;
 int idle_turns;  // yields since something last moved: all fibres waiting is a deadlock
 
@@ -148,6 +149,10 @@ void sync_block() { arrive(current->block->barrier); }
 
 void sync_grid() { arrive(grid); }
 
+const char* remote(const void* own, int rank) {
+  return cluster_blocks[rank].shared.data() + (static_cast<const char*>(own) - shared);
+}
+
 void gather(const void* operand, size_t operand_bytes, void* result, size_t result_bytes,
             void (*compute)(const char*, char*)) {
   Warp& warp = current->block->warps[place.thread.x / kLanes];
@@ -183,18 +188,19 @@ void wait_copies(int pending) {
 }
 
 void run(void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, size_t shared_bytes,
-         bool cooperative) {
+         bool cooperative, unsigned cluster) {
   static std::mutex one_at_a_time;
   static std::vector<Fibre> fibres;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   const char* order = getenv("NYSTROMGAN_EMULATION_ORDER");
   const bool reverse = order && strcmp(order, "reverse") == 0;
   launch = {kernel, parameters};
-  const unsigned together = cooperative ? blocks : 1;
+  const unsigned together = cooperative ? blocks : cluster;
   if (fibres.size() < size_t{together} * threads) fibres.resize(size_t{together} * threads);
   grid = {static_cast<int>(together * threads)};
   for (unsigned first = 0; first < blocks; first += together) {
     std::vector<Block> states(together);
+    cluster_blocks = states.data();
     for (unsigned i = 0; i < together; ++i) {
       Block& block = states[i];
       block.shared.assign(shared_bytes, static_cast<char>(0xff));
@@ -202,7 +208,7 @@ void run(void (*kernel)(const void*), const void* parameters, unsigned blocks, u
       block.barrier.expected = threads;
       for (unsigned thread = 0; thread < threads; ++thread) {
         Fibre& fibre = fibres[i * threads + thread];
-        fibre.place = {{thread}, {first + i}, {blocks}, {threads}};
+        fibre.place = {{thread}, {first + i}, {blocks}, {threads}, static_cast<int>(i % cluster)};
         fibre.block = &block;
         prepare(fibre);
       }

@@ -18,6 +18,7 @@ struct Dim {
 
 struct Place {
   Dim thread, block, block_count, threads;
+  int rank;  // of the block in its cluster
 };
 
 extern Place place;  // of the fibre that runs
@@ -25,6 +26,9 @@ extern char* shared;
 
 void sync_block();
 void sync_grid();
+
+// Where `own`, in this block's shared memory, is in another's of its cluster.
+const char* remote(const void* own, int rank);
 
 // Waits for all lanes of the warp, lets `compute` make 32 results from 32 operands, and gives this lane's back.
 void gather(const void* operand, size_t operand_bytes, void* result, size_t result_bytes,
@@ -34,8 +38,8 @@ void copy_later(void* target, const void* source, int bytes, int zeros);
 void commit_copies();
 void wait_copies(int pending);
 
-// Runs `kernel` for every block, one after the other, or all at once where it is cooperative.
+// Runs `kernel` for every block, one after the other, a cluster at once, or all at once where it is cooperative.
 void run(void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, size_t shared_bytes,
-         bool cooperative);
+         bool cooperative, unsigned cluster);
 
 }  // namespace nystromgan::emulation
