@@ -127,6 +127,9 @@ def test_compiled_forms_are_beside_eager_ones() -> None:
     middle = next(case for case in cases(full=True) if case.group == "landmarks" and case.shape["N"] == 4096)
     assert any("FlexAttention" in name for name in forms.forms_of(middle, True))
     assert not any("FlexAttention" in name for name in forms.forms_of(middle, False))
+    largest = next(case for case in cases(full=True) if case.group == "landmarks" and case.shape["N"] == 65536)
+    compiled = [name for name in forms.forms_of(largest, True) if forms.compiles(largest, name)]
+    assert compiled == ["two SDPA calls" + COMPILED, "eager, F (Z (G V))" + COMPILED]
     peers = {"doubled": Peer(lambda: lambda matrix: matrix.exp(), compiled=True)}
     function = forms.function_of(case._replace(peers=peers), "doubled" + COMPILED)
     matrix = testing.normal(3, 3)
