@@ -138,6 +138,17 @@ inline float shuffle_xor(float x, int mask) {
   return result;
 }
 
+// Whether any lane of the warp says so.
+inline bool any_of(bool x) {
+  bool result;
+  emulation::gather(&x, 1, &result, 1, [](const char* operands, char* results) {
+    char any = 0;
+    for (int i = 0; i < 32; ++i) any |= operands[64 * i];
+    for (int i = 0; i < 32; ++i) results[64 * i] = any;
+  });
+  return result;
+}
+
 namespace emulation {
 
 struct Product {
@@ -321,6 +332,8 @@ DEVICE uint32_t tf32_of(float x) {
 DEVICE void add_to_counter(int* counter, int x) { atomicAdd(counter, x); }
 
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+// Whether any lane of the warp says so.
+DEVICE bool any_of(bool x) { return __any_sync(0xffffffff, x); }
 
 // c += a b, m16n8k8, of float32 cut to tf32.
 DEVICE void multiply_tf32(Fragment& c, const uint32_t (&a)[4], const uint32_t (&b)[2]) {

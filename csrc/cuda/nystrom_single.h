@@ -12,9 +12,10 @@
 namespace nystromgan {
 
 constexpr int kSingleThreads = 128, kSingleLandmarks = 64;  // 16 landmarks a warp
-constexpr int kPoolSplits = 4;      // of a head's tokens: all blocks of phase 2 add them up again
-constexpr int kPoolChannels = 32;   // of one unit of phase 1
-constexpr int kPoolStages = 4;      // buffers of tokens
+constexpr int kPoolSplits = 4;      // of a head's tokens, or twice as many: all blocks of phase 2 add them up again
+constexpr int kPoolChannels = 64;   // of one unit of phase 1
+constexpr int kPoolStages = 3;      // buffers of tokens
+constexpr int kPoolExchangeBytes = 4 * 4 * (64 * kPoolChannels / 2 + 32 * 8);  // half of four warps' sums, and their counts
 constexpr int kContextSplits = 16;  // of a head's keys, at most
 constexpr int kMixColumns = 8;      // of W, of one unit of phase 3
 constexpr int64_t kSingleTokens = 8192;
@@ -27,10 +28,10 @@ constexpr int kPoolTokens = 256 / sizeof(T);
 struct Pooled {
   Operand tokens;
   Index index;
-  float *sums, *counts;  // (B H, kPoolSplits, M, DP), (B H, kPoolSplits, M)
+  float *sums, *counts;  // (B H, splits, M, DP), (B H, splits, M)
   float* means;          // (B H, M, D): given, or to be made; null for none
   const uint8_t* only;   // (B): the rows of the batch that are pooled; null for all
-  int num_tokens, dim;
+  int num_tokens, dim, splits;
 };
 
 struct NystromSingle {

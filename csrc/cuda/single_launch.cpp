@@ -38,6 +38,7 @@ Choice choose(Dtype dtype, int64_t value_dim) {
 size_t shared_bytes(const Choice& choice, int64_t dim, int64_t value_dim) {
   const int64_t pool_tokens = 256 / choice.bytes, slot = kSide * (kSide + 4) * 4;
   const int64_t pool = kPoolStages * choice.tile(pool_tokens, kPoolChannels) + 4 * pool_tokens;
+  static_assert(kPoolStages * 128 * 72 * 2 >= kPoolExchangeBytes && kPoolStages * 64 * 68 * 4 >= kPoolExchangeBytes);
   const int64_t core = 2 * 2 * 2 * kSide * (kSide + 8) + 4 * kSide / 16;  // Z and P in halves, and a float a warp
   const int64_t context =
       choice.tile(kSide, dim) + kStages * (choice.tile(choice.step, dim) + choice.tile(choice.step, value_dim));
@@ -71,8 +72,9 @@ Pooled pooled(const Tensor& tokens, const std::optional<Tensor>& index, float* m
   side.num_tokens = static_cast<int>(tokens.size(2)), side.dim = static_cast<int>(dim);
   if (!index) return side;
   side.index = index_of(*index);
-  side.sums = room.take(rows * kPoolSplits * landmarks * padded(dim));
-  side.counts = room.take(rows * kPoolSplits * landmarks);
+  side.splits = tokens.size(2) > kSingleTokens / 2 ? 2 * kPoolSplits : kPoolSplits;
+  side.sums = room.take(rows * side.splits * landmarks * padded(dim));
+  side.counts = room.take(rows * side.splits * landmarks);
   return side;
 }
 
@@ -144,7 +146,8 @@ void launch_single(const SingleCall& call) {
   const size_t bytes = shared_bytes(choice, padded(p.dim), padded(p.value_dim));
   const int64_t resident = resident_blocks(choice.kernel, kSingleThreads, bytes, call.query);
   group_queries(p, resident);
-  const int64_t pools = p.rows * kPoolSplits * ceil_of(padded(std::max(p.dim, p.value_dim)), kPoolChannels) * 3;
+  int64_t pools = 0;
+  for (const Pooled* side : {&p.query, &p.key, &p.value}) pools += p.rows * side->splits * ceil_of(side->dim, kPoolChannels);
   const int64_t units = std::max({pools, p.rows * (1 + p.keys.sizes.splits), p.rows * p.row_groups,
                                   p.rows * p.keys.sizes.value_dim / kMixColumns});
   launch(choice.kernel, {std::min(resident, units), kSingleThreads, bytes, true}, &p, call.query);

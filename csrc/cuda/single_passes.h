@@ -131,7 +131,10 @@ DEVICE void mix_unit(const NystromSingle& p, int64_t unit, float* s) {
   wait_copies<0>();
   sync_block();
   if (p.value.sums && p.value.only[batch]) {  // every valid key is its own landmark there: O = F pool(V)
-    const Four mean = mean_of(sum_of<true>(p.value, batch_head, p.landmarks, row, column), true);
+    LandmarkSum sum{};
+    for (int split = 0; split < p.value.splits; split += kPoolSplits)
+      add_splits<true>(sum, p.value, batch_head, split, p.landmarks, row, column);
+    const Four mean = mean_of(sum, true);
     UNROLL
     for (int i = 0; i < 4; ++i) write(row, column + i, mean.x[i]);
     return;

@@ -11,7 +11,7 @@ using PoolTile = Tile<T, kPoolTokens<T>, false>;
 
 DEVICE int pool_slices(const Pooled& p) { return ceil_div(p.dim, kPoolChannels); }
 
-DEVICE int64_t pool_units(const Pooled& p, int64_t rows) { return p.sums ? rows * kPoolSplits * pool_slices(p) : 0; }
+DEVICE int64_t pool_units(const Pooled& p, int64_t rows) { return p.sums ? rows * p.splits * pool_slices(p) : 0; }
 
 // Sets the tokens without a landmark, which may hold anything, to zero: zero times infinity is none.
 template <class T>
@@ -20,31 +20,90 @@ DEVICE void clear_outside(const PoolTile<T>& tile, int landmark) {
   for (int channel = 0; channel < tile.channels; ++channel) tile.data[thread_index() * tile.stride() + channel] = T{};
 }
 
-// Adds a tile's tokens to this warp's 16 landmarks, and counts them.
+// A warp's sums and counts of its tokens, by 16 landmarks.
+struct PoolSums {
+  static constexpr int kGroups = kSingleLandmarks / 16;
+  Fragment sums[kGroups][kPoolChannels / 8];
+  float counts[kGroups][2];
+};
+
+// Adds this warp's tokens of a tile, 16 at a time. Most of those are of one group of landmarks, and the others are left out.
 template <class T>
-DEVICE void add_tile(Fragment (&sums)[kPoolChannels / 8], float (&counts)[2], const PoolTile<T>& tile, const int* s_index) {
-  const int landmark = 16 * warp_index() + lane_index() / 4, t = lane_index() % 4;
-  for (int token = 0; token < kPoolTokens<T>; token += 16) {
-    Fragment one_hot[2];
+DEVICE void add_tile(PoolSums& own, const PoolTile<T>& tile, const int* s_index) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  for (int token = 16 * warp_index(); token < kPoolTokens<T>; token += kSingleThreads / 2) {
+    int landmark[4];
     UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const bool own = s_index[token + 8 * (i / 4) + 2 * t + i % 2] == landmark + 8 * (i / 2 % 2);
-      one_hot[i / 4].x[i % 4] = own ? 1.0f : 0.0f;
-      counts[i / 2 % 2] += own ? 1.0f : 0.0f;
+    for (int i = 0; i < 4; ++i) landmark[i] = s_index[token + 8 * (i / 2) + 2 * t + i % 2];
+    UNROLL
+    for (int group = 0; group < PoolSums::kGroups; ++group) {
+      bool here = false;
+      UNROLL
+      for (int i = 0; i < 4; ++i) here |= landmark[i] >> 4 == group;
+      if (!any_of(here)) continue;
+      Fragment one_hot[2];
+      UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const bool mine = landmark[i / 4 * 2 + i % 2] == 16 * group + g + 8 * (i / 2 % 2);
+        one_hot[i / 4].x[i % 4] = mine ? 1.0f : 0.0f;
+        own.counts[group][i / 2 % 2] += mine ? 1.0f : 0.0f;
+      }
+      add_weighted<kPoolChannels>(own.sums[group], one_hot, Tile<T, 16, false>{tile.data + token * tile.stride(), tile.channels}, 0);
     }
-    add_weighted<kPoolChannels>(sums, one_hot, Tile<T, 16, false>{tile.data + token * tile.stride(), tile.channels}, 0);
   }
 }
 
-// One head's split and 32 channels.
+// Adds the warps' sums in their order, each warp those of 16 landmarks, and writes them. Shared memory holds half of them.
+DEVICE void write_sums(const Pooled& p, PoolSums& own, int64_t part, int first_channel, int landmarks) {
+  constexpr int kWarps = kSingleThreads / 32, kHalf = kPoolChannels / 16, kEach = PoolSums::kGroups * kHalf * 4;
+  static_assert(kWarps == PoolSums::kGroups, "a warp for every 16 landmarks");
+  float* s_sums = reinterpret_cast<float*>(shared_memory());
+  float* s_counts = s_sums + kWarps * kEach * 32;
+  const int g = lane_index() / 4, t = lane_index() % 4, dim = padded_channels(p.dim), warp = warp_index();
+  auto place = [&](int of_warp, int element, int count) { return (of_warp * count + element) * 32 + lane_index(); };
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    sync_block();
+    UNROLL
+    for (int group = 0; group < PoolSums::kGroups; ++group) {
+      UNROLL
+      for (int i = 0; i < 4 * kHalf; ++i)
+        s_sums[place(warp, group * 4 * kHalf + i, kEach)] = own.sums[group][half * kHalf + i / 4].x[i % 4];
+      UNROLL
+      for (int h = 0; h < 2 && half == 0; ++h) s_counts[place(warp, 2 * group + h, 2 * kWarps)] = own.counts[group][h];
+    }
+    sync_block();
+    UNROLL
+    for (int h = 0; h < 2; ++h) {
+      const int row = 16 * warp + g + 8 * h;
+      float count = 0.0f;
+      for (int w = 0; w < kWarps && half == 0; ++w) count += s_counts[place(w, 2 * warp + h, 2 * kWarps)];
+      count = row_sum(count);
+      if (half == 0 && first_channel == 0 && t == 0 && row < landmarks) p.counts[part * landmarks + row] = count;
+      UNROLL
+      for (int j = 0; j < kHalf; ++j) {
+        const int channel = first_channel + 8 * (half * kHalf + j) + 2 * t;
+        Two sum{{0.0f, 0.0f}};
+        UNROLL
+        for (int w = 0; w < kWarps; ++w) {
+          UNROLL
+          for (int i = 0; i < 2; ++i) sum.x[i] += s_sums[place(w, (warp * kHalf + j) * 4 + 2 * h + i, kEach)];
+        }
+        if (row < landmarks && channel < dim) *reinterpret_cast<Two*>(p.sums + (part * landmarks + row) * dim + channel) = sum;
+      }
+    }
+  }
+}
+
+// One head's split and 64 channels.
 template <class T>
 DEVICE void pool_unit(const Pooled& p, int heads, int landmarks, int64_t unit) {
   const int slices = pool_slices(p), dim = padded_channels(p.dim);
   const int slice = static_cast<int>(unit % slices), first_channel = slice * kPoolChannels;
-  const int64_t part = unit / slices, batch_head = part / kPoolSplits;
+  const int64_t part = unit / slices, batch_head = part / p.splits;
   const int64_t batch = batch_head / heads, head = batch_head % heads;
   if (p.only && !p.only[batch]) return;
-  const int each = ceil_div(p.num_tokens, kPoolSplits), first = static_cast<int>(part % kPoolSplits) * each;
+  const int each = ceil_div(p.num_tokens, p.splits), first = static_cast<int>(part % p.splits) * each;
   const int end = minimum(first + each, p.num_tokens), steps = end > first ? ceil_div(end - first, kPoolTokens<T>) : 0;
   const Head<T> tokens = head_of<T>(p.tokens, batch, head, end, p.dim, first_channel);
   const int32_t* index = p.index.data + batch * p.index.batch + head * p.index.head;
@@ -58,9 +117,12 @@ DEVICE void pool_unit(const Pooled& p, int heads, int landmarks, int64_t unit) {
     const int token = first + step * kPoolTokens<T> + thread_index();
     return thread_index() < kPoolTokens<T> && token < end ? index[token] : -1;
   };
-  Fragment sums[kPoolChannels / 8];
-  float counts[2] = {0.0f, 0.0f};
-  clear(sums);
+  PoolSums own;
+  UNROLL
+  for (int group = 0; group < PoolSums::kGroups; ++group) {
+    clear(own.sums[group]);
+    own.counts[group][0] = own.counts[group][1] = 0.0f;
+  }
   int next = landmark_at(0);
   sync_block();  // another unit may still read
   for (int step = -kPoolStages; step < steps; ++step) {
@@ -72,7 +134,7 @@ DEVICE void pool_unit(const Pooled& p, int heads, int landmarks, int64_t unit) {
       if (thread_index() < kPoolTokens<T>) s_index[thread_index()] = landmark;
       clear_outside<T>(tile(step), landmark);
       sync_block();
-      add_tile<T>(sums, counts, tile(step), s_index);
+      add_tile<T>(own, tile(step), s_index);
       sync_block();
     }
     const int later = step + kPoolStages;
@@ -80,15 +142,7 @@ DEVICE void pool_unit(const Pooled& p, int heads, int landmarks, int64_t unit) {
     commit_copies();
   }
   wait_copies<0>();
-  for_each_element(sums, 16 * warp_index(), first_channel, [&](int row, int channel, float x) {
-    if (row < landmarks && channel < dim) p.sums[(part * landmarks + row) * dim + channel] = x;
-  });
-  UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const float count = row_sum(counts[h]);
-    const int row = 16 * warp_index() + lane_index() / 4 + 8 * h;
-    if (slice == 0 && lane_index() % 4 == 0 && row < landmarks) p.counts[part * landmarks + row] = count;
-  }
+  write_sums(p, own, part, first_channel, landmarks);
 }
 
 struct LandmarkSum {
@@ -96,17 +150,16 @@ struct LandmarkSum {
   float count;
 };
 
-// Channels [channel, channel + 4) of one landmark, of its DP, from its splits where tokens were pooled, or as they were given.
-// Beyond the landmarks the last one's: every thread reads, so that no read waits for a branch.
+// Adds channels [channel, channel + 4) of one landmark, of its DP, from kPoolSplits splits where tokens were pooled, or as it
+// was given. Beyond the landmarks it is the last one's: every thread reads, so that no read waits for a branch.
 template <bool POOLED>
-DEVICE LandmarkSum sum_of(const Pooled& p, int64_t batch_head, int landmarks, int row, int channel) {
+DEVICE void add_splits(LandmarkSum& all, const Pooled& p, int64_t batch_head, int first_split, int landmarks, int row, int channel) {
   row = minimum(row, landmarks - 1);
-  LandmarkSum all{{{0.0f, 0.0f, 0.0f, 0.0f}}, 0.0f};
   if constexpr (POOLED) {
     const int dim = padded_channels(p.dim);
     UNROLL
     for (int split = 0; split < kPoolSplits; ++split) {
-      const int64_t part = (batch_head * kPoolSplits + split) * landmarks + row;
+      const int64_t part = (batch_head * p.splits + first_split + split) * landmarks + row;
       const Four sum = load_four(p.sums + part * dim + channel);
       all.count += load_float(p.counts + part);
       UNROLL
@@ -117,7 +170,6 @@ DEVICE LandmarkSum sum_of(const Pooled& p, int64_t batch_head, int landmarks, in
     UNROLL
     for (int i = 0; i < 4; ++i) all.sum.x[i] = channel + i < p.dim ? given[channel + i] : 0.0f;
   }
-  return all;
 }
 
 DEVICE Four mean_of(const LandmarkSum& all, bool inside) {
@@ -135,11 +187,13 @@ DEVICE void for_each_mean_of(const Pooled& p, int64_t batch_head, int landmarks,
   constexpr int kAhead = 4;
   const int across = channels / 4, count = kSingleLandmarks * across;
   for (int start = thread_index(); start < count; start += kAhead * kSingleThreads) {
-    LandmarkSum sums[kAhead];
-    UNROLL
-    for (int k = 0; k < kAhead; ++k) {
-      const int i = start + k * kSingleThreads;
-      sums[k] = sum_of<POOLED>(p, batch_head, landmarks, i / across, first + i % across * 4);
+    LandmarkSum sums[kAhead]{};
+    for (int split = 0; split < (POOLED ? p.splits : 1); split += kPoolSplits) {
+      UNROLL
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = start + k * kSingleThreads;
+        add_splits<POOLED>(sums[k], p, batch_head, split, landmarks, i / across, first + i % across * 4);
+      }
     }
     UNROLL
     for (int k = 0; k < kAhead; ++k) {

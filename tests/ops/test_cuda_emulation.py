@@ -340,6 +340,13 @@ else:
                 finite = torch.where(x.isinf(), 0, x), torch.where(y.isinf(), 0, y)
                 assert relative_error(*finite) < TOLERANCES[dtype].output
 
+        def test_more_splits_of_more_tokens(self) -> None:
+            inputs = attention_inputs(1, 1, 4100, 100, 8, dtype=HALF)
+            options = {"num_landmarks": 40, "pinv_iterations": 1}
+            one, many = self.outputs(inputs, options, True), self.outputs(inputs, options, False)
+            assert relative_error(one[1], many[1]) < 1e-6
+            assert relative_error(one[0], many[0]) < TOLERANCES[HALF].output
+
         @pytest.mark.parametrize("tokens", [normal, smooth, large])
         @pytest.mark.parametrize("steps", [0, 6])
         def test_its_inverse_is_no_worse(self, tokens: Callable[..., Tensor], steps: int) -> None:

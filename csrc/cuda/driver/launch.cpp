@@ -26,7 +26,7 @@ struct Driver {
 #define NYSTROMGAN_DRIVER(X)                                                                                     \
   X(cuInit) X(cuGetErrorString) X(cuDeviceGet) X(cuDeviceGetCount) X(cuDeviceGetName) X(cuDeviceGetAttribute)    \
   X(cuLibraryLoadData) X(cuLibraryGetKernel) X(cuKernelSetAttribute) X(cuKernelGetFunction) X(cuLaunchKernelEx)  \
-  X(cuFuncGetAttribute)                                                                                          \
+  X(cuKernelGetAttribute)                                                                                        \
   X(cuOccupancyMaxActiveBlocksPerMultiprocessor) X(cuDevicePrimaryCtxRetain) X(cuCtxPushCurrent) X(cuCtxPopCurrent)
 #define NYSTROMGAN_POINTER(function) decltype(&::function) function = nullptr;
   NYSTROMGAN_DRIVER(NYSTROMGAN_POINTER)
@@ -179,9 +179,11 @@ bool has_clusters(const Kernel& kernel, size_t shared_bytes, const Tensor& on) {
   const int index = on.get_device_index();
   if (shared_bytes > shared_limit(on) || !driver().attribute(CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, index)) return false;
   const OnDevice guard(index);
+  const CUkernel handle = reinterpret_cast<CUkernel>(function_of(kernel, index));
+  CUdevice device;
+  driver().check(driver().cuDeviceGet(&device, index), "no such device");
   int version = 0;  // of the code that the driver chose: on a later device it may be that of sm_80, made for it anew
-  driver().check(
-      driver().cuFuncGetAttribute(&version, CU_FUNC_ATTRIBUTE_PTX_VERSION, function_of(kernel, index)), kernel.name);
+  driver().check(driver().cuKernelGetAttribute(&version, CU_FUNC_ATTRIBUTE_PTX_VERSION, handle, device), kernel.name);
   return version >= 90;
 }
 
