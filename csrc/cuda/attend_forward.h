@@ -94,6 +94,14 @@ DEVICE void for_each_inside(Fragment (&c)[COUNT], int h, int channel, int channe
   }
 }
 
+// What of 16 rows this lane holds and there is, where channels are side by side and come in pairs.
+template <int COUNT, class T>
+DEVICE void write_pairs(T* out, const Fragment (&c)[COUNT], int h, int channel, int channels) {
+  UNROLL
+  for (int j = 0; j < COUNT; ++j)
+    if (channel + 8 * j < channels) store_pair(out + 8 * j, c[j].x[2 * h], c[j].x[2 * h + 1]);
+}
+
 template <class T, int CHANNELS>
 DEVICE void write_output(const AttendForward& p, const Place& place, Fragment (&output)[CHANNELS / 8],
                          const float (&largest)[2], const float (&total)[2], int first_row) {
@@ -110,7 +118,10 @@ DEVICE void write_output(const AttendForward& p, const Place& place, Fragment (&
       const int64_t place_of_row = (place.batch_head * sizes.splits + place.split) * sizes.rows + row;
       if (first) p.largest[place_of_row] = largest[h], p.totals[place_of_row] = sum;
       float* out = p.sums + place_of_row * sizes.value_dim + channel;
-      for_each_inside(output, h, channel, sizes.value_dim, [&](float x, int i) { out[i] = x; });
+      if (sizes.value_dim % 2 == 0)
+        write_pairs(out, output, h, channel, sizes.value_dim);
+      else
+        for_each_inside(output, h, channel, sizes.value_dim, [&](float x, int i) { out[i] = x; });
       continue;
     }
     if (first && p.logsumexp)
@@ -127,7 +138,10 @@ DEVICE void write_output(const AttendForward& p, const Place& place, Fragment (&
       for_each_inside(output, h, channel, sizes.value_dim, [&](float& x, int i) { x += to_float(add[i * p.residual.channel]); });
     }
     T* out = row_of<T>(p.output, place, row, channel);
-    for_each_inside(output, h, channel, sizes.value_dim, [&](float x, int i) { out[i * p.output.channel] = from_float<T>(x); });
+    if (p.output.wide && p.output.channel == 1 && sizes.value_dim % 2 == 0)
+      write_pairs(out, output, h, channel, sizes.value_dim);
+    else
+      for_each_inside(output, h, channel, sizes.value_dim, [&](float x, int i) { out[i * p.output.channel] = from_float<T>(x); });
   }
 }
 

@@ -152,7 +152,8 @@ DEVICE void pinv_cluster(const PinvTiled& problem) {
   }
   const float scale = scale_of(problem.global_init ? largest_norms(problem.norms, problem.count) : own);
   typename Pinv::Part c;
-  for_each_element(c, first_row + pinv.row, pinv.column, [&](int row, int column, float& x) { x = a.at(column, row) / scale; });
+  for_each_element(c, first_row + pinv.row, pinv.column,
+                   [&](int row, int column, float& x) { x = a.at(column, row) / scale; });
   pinv.steps(c, unit, problem.iterations);
   for_each_element(c, first_row + pinv.row, pinv.column, [&](int row, int column, float x) {
     if (row < problem.size && column < problem.size) problem.inverse[offset + row * problem.size + column] = x;

@@ -10,7 +10,8 @@ namespace nystromgan {
 using CoreSlot = Slot<kSingleLandmarks>;
 
 // Channels [first, first + channels) of one side's landmarks into a slot.
-DEVICE void load_landmarks(const NystromSingle& p, const Pooled& side, int64_t batch_head, int first, int channels, float* slot) {
+DEVICE void load_landmarks(const NystromSingle& p, const Pooled& side, int64_t batch_head, int first, int channels,
+                           float* slot) {
   for_each_mean(side, batch_head, p.landmarks, first, channels, [&](int row, int channel, const Four& mean) {
     *reinterpret_cast<Four*>(slot + row * CoreSlot::kStride + channel - first) = mean;
   });

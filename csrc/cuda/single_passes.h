@@ -145,14 +145,6 @@ DEVICE void mix_unit(const NystromSingle& p, int64_t unit, float* s) {
   for_each_element(c, 16 * warp_index(), first, write);
 }
 
-template <class T>
-DEVICE void store_pair(T* to, float x0, float x1) {
-  if constexpr (sizeof(T) == 4)
-    *reinterpret_cast<Two*>(to) = {{x0, x1}};
-  else
-    *reinterpret_cast<uint32_t*>(to) = pack<T>(x0, x1);
-}
-
 // Phase 4: O of the queries of one group, whose landmarks stay; queries come by in two buffers.
 template <class T, int CHANNELS, int STEP>
 struct OutputUnit {

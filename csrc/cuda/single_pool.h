@@ -31,7 +31,7 @@ struct PoolSums {
 template <class T>
 DEVICE void add_tile(PoolSums& own, const PoolTile<T>& tile, const int* s_index) {
   const int g = lane_index() / 4, t = lane_index() % 4;
-  for (int token = 16 * warp_index(); token < kPoolTokens<T>; token += kSingleThreads / 2) {
+  for (int token = 16 * warp_index(); token < kPoolTokens<T>; token += 16 * kSingleThreads / 32) {
     int landmark[4];
     UNROLL
     for (int i = 0; i < 4; ++i) landmark[i] = s_index[token + 8 * (i / 2) + 2 * t + i % 2];
@@ -48,7 +48,8 @@ DEVICE void add_tile(PoolSums& own, const PoolTile<T>& tile, const int* s_index)
         one_hot[i / 4].x[i % 4] = mine ? 1.0f : 0.0f;
         own.counts[group][i / 2 % 2] += mine ? 1.0f : 0.0f;
       }
-      add_weighted<kPoolChannels>(own.sums[group], one_hot, Tile<T, 16, false>{tile.data + token * tile.stride(), tile.channels}, 0);
+      const Tile<T, 16, false> tokens{tile.data + token * tile.stride(), tile.channels};
+      add_weighted<kPoolChannels>(own.sums[group], one_hot, tokens, 0);
     }
   }
 }
@@ -89,7 +90,8 @@ DEVICE void write_sums(const Pooled& p, PoolSums& own, int64_t part, int first_c
           UNROLL
           for (int i = 0; i < 2; ++i) sum.x[i] += s_sums[place(w, (warp * kHalf + j) * 4 + 2 * h + i, kEach)];
         }
-        if (row < landmarks && channel < dim) *reinterpret_cast<Two*>(p.sums + (part * landmarks + row) * dim + channel) = sum;
+        float* to = p.sums + (part * landmarks + row) * dim + channel;
+        if (row < landmarks && channel < dim) *reinterpret_cast<Two*>(to) = sum;
       }
     }
   }
@@ -153,7 +155,8 @@ struct LandmarkSum {
 // Adds channels [channel, channel + 4) of one landmark, of its DP, from kPoolSplits splits where tokens were pooled, or as it
 // was given. Beyond the landmarks it is the last one's: every thread reads, so that no read waits for a branch.
 template <bool POOLED>
-DEVICE void add_splits(LandmarkSum& all, const Pooled& p, int64_t batch_head, int first_split, int landmarks, int row, int channel) {
+DEVICE void add_splits(LandmarkSum& all, const Pooled& p, int64_t batch_head, int first_split, int landmarks, int row,
+                       int channel) {
   row = minimum(row, landmarks - 1);
   if constexpr (POOLED) {
     const int dim = padded_channels(p.dim);

@@ -112,6 +112,15 @@ DEVICE float row_sum(float x) {
   return x + shuffle_xor(x, 2);
 }
 
+// Two numbers side by side, at a multiple of their size.
+template <class T>
+DEVICE void store_pair(T* to, float x0, float x1) {
+  if constexpr (sizeof(T) == 4)
+    *reinterpret_cast<Two*>(to) = {{x0, x1}};
+  else
+    *reinterpret_cast<uint32_t*>(to) = pack<T>(x0, x1);
+}
+
 DEVICE float read_scalar(const void* x, Scalar type) {
   if (type == Scalar::none) return 1.0f;
   if (type == Scalar::float32) return *static_cast<const float*>(x);
