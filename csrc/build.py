@@ -23,8 +23,10 @@ CPU_LIBRARY, CUDA_LIBRARY = "libnystromgan_cpu.so", "libnystromgan_cuda.so"
 X86_64 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq"
-AMX = f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"
-ISA_FLAGS = {"portable": "", **({"avx2": AVX2, "avx512": AVX512, "amx": AMX} if X86_64 else {})}
+AVX512BF16 = f"{AVX512} -mavx512bf16"
+AMX = f"{AVX512BF16} -mamx-tile -mamx-bf16"
+WIDER = {"avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16, "amx": AMX}
+ISA_FLAGS = {"portable": "", **(WIDER if X86_64 else {})}
 
 # No -ffast-math: NaN in must stay NaN out, and infinities mask keys.
 FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"

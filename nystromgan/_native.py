@@ -10,7 +10,7 @@ from nystromgan import _env
 
 CPU_LIBRARY = "libnystromgan_cpu.so"
 CUDA_LIBRARY = "libnystromgan_cuda.so"
-CPU_ISAS = ("portable", "avx2", "avx512", "amx")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def library_path(name: str) -> pathlib.Path:

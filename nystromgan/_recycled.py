@@ -2,7 +2,7 @@
 
 New memory comes from the system page by page, and each page is filled with zeros first. Of the 22 ms that W / sigma of
 a 20-layer discriminator (56 MB) added to its forward, that was 18; of a forward of attention over 16384 tokens (34 MB),
-6 of 30 (2 cores). glibc's heap keeps what is below 32 MiB and asks the system for the rest in every call, so the native
+6 of 30 (2 cores). glibc's heap keeps what is below 16 MiB and asks the system for the rest in every call, so the native
 library takes its outputs from here from that size on.
 """
 
@@ -43,7 +43,7 @@ def empty_like(weight: Tensor) -> Tensor:
 def empty_cache() -> None:
     """Gives back to the system the memory that calls on the CPU keep for the next ones.
 
-    Kept are outputs and gradients of attention from 32 MiB on, a sixteenth of the machine's memory at most, and up to
+    Kept are outputs and gradients of attention from 16 MiB on, a sixteenth of the machine's memory at most, and up to
     four tensors for each spectrally normalised weight. What a tensor still holds stays.
     """
     with _lock:

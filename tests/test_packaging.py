@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 KERNELS = ROOT / "csrc" / "cpu" / "kernels"
 LIBRARY = "nystromgan/lib/libnystromgan_cpu.so"
-ISAS = ("avx2", "avx512", "amx")
+ISAS = ("avx2", "avx512", "avx512bf16", "amx")
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 

@@ -13,7 +13,7 @@ from nystromgan import _recycled
 from nystromgan.testing import relative_error
 
 pytestmark = pytest.mark.skipif(bool(nystromgan.available_backends()["cpu"]), reason="needs the native CPU library")
-TOKENS = 2**17  # times 64 channels of float32: 32 MiB, from which memory is kept
+TOKENS = 2**16  # times 64 channels of float32: 16 MiB, from which memory is kept
 
 
 @pytest.fixture(autouse=True)

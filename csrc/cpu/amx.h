@@ -2,7 +2,7 @@
 // values: a left one by [rows, k], a right one by pairs of k, [k / 2, columns, 2]; all k of 16 rows (columns) lie together.
 #pragma once
 
-#include "convert.h"
+#include "bf16_pairs.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
 
@@ -11,39 +11,6 @@ constexpr int64_t kTileDepth = 32;
 constexpr int64_t kTileSize = kTileRows * kTileDepth;
 
 constexpr int64_t depth_of(int64_t k) { return (k + kTileDepth - 1) / kTileDepth; }
-
-// The first n of up to 32 values along k.
-NYSTROMGAN_INLINE __m512i load_along(const BFloat16* p, int64_t n) {
-  return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
-}
-
-// The first n of up to 16 values of k = 0 and of k = 1, in pairs; zero for k = 1 where it is absent.
-NYSTROMGAN_INLINE __m512i load_pairs(const BFloat16* p, int64_t k_stride, bool second, int64_t n) {
-  const __mmask16 mask = n >= 16 ? 0xffff : (1u << n) - 1;
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second ? mask : 0, p + (second ? k_stride : 0)));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-
-NYSTROMGAN_INLINE Vec load_masked(const float* p, int64_t n) {
-  return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : n > 0 ? (1u << n) - 1 : 0, p);
-}
-
-NYSTROMGAN_INLINE __m512i round_two(Vec low, Vec high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
-NYSTROMGAN_INLINE __m512i interleave_halves(__m512i x) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, x);
-}
-
-NYSTROMGAN_INLINE __m512i load_along(const float* p, int64_t n) {
-  return round_two(load_masked(p, n), n > 16 ? load_masked(p + 16, n - 16) : Vec{});
-}
-
-NYSTROMGAN_INLINE __m512i load_pairs(const float* p, int64_t k_stride, bool second, int64_t n) {
-  return interleave_halves(round_two(load_masked(p, n), second ? load_masked(p + k_stride, n) : Vec{}));
-}
 
 // One tile of an operand whose rows (columns) are `major_stride` apart; zeros outside major x k.
 template <bool left, class S>
@@ -141,6 +108,7 @@ struct AmxEngine {
     int64_t parts;  // 2: a high and a low part in turn, tile by tile along k
   };
   static constexpr int64_t kRowPad = kTileRows;
+  static constexpr bool kRounds = true;
 
   // Configures the tiles of this thread, all 16 rows of 64 bytes.
   struct Session {

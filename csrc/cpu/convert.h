@@ -6,7 +6,14 @@
 
 namespace nystromgan::NYSTROMGAN_ISA {
 
-NYSTROMGAN_INLINE Vec widen(BFloat16, HalfBitsVec bits) { return (Vec)(__builtin_convertvector(bits, BitsVec) << 16); }
+// GCC takes two steps for __builtin_convertvector where AVX-512 has one instruction.
+NYSTROMGAN_INLINE Vec widen(BFloat16, HalfBitsVec bits) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#else
+  return (Vec)(__builtin_convertvector(bits, BitsVec) << 16);
+#endif
+}
 
 NYSTROMGAN_INLINE Vec widen(Half, HalfBitsVec bits) {
 #if defined(__AVX512F__)
@@ -24,10 +31,18 @@ NYSTROMGAN_INLINE Vec widen(Half, HalfBitsVec bits) {
 }
 
 NYSTROMGAN_INLINE HalfBitsVec narrow(BFloat16, Vec x) {
+#if defined(__AVX512BF16__)
+  return (HalfBitsVec)_mm512_cvtneps_pbh(x);  // the same, but that it flushes what is below 2^-126
+#else
   const BitsVec bits = (BitsVec)x;
   const BitsVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const BitsVec kept = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded;  // a NaN stays one, quiet
+#if defined(__AVX512F__)
+  return (HalfBitsVec)_mm512_cvtepi32_epi16((__m512i)(kept >> 16));
+#else
   return __builtin_convertvector(kept >> 16, HalfBitsVec);
+#endif
+#endif
 }
 
 NYSTROMGAN_INLINE HalfBitsVec narrow(Half, Vec x) {
@@ -110,9 +125,41 @@ inline void to_float(const T* src, float* dst, int64_t n) {
   if (i < n) store_first(dst + i, load_first(src + i, n - i), n - i);
 }
 
+// Stores past the cache: plain ones first read what they overwrite. Only for what is larger than the caches, and read by
+// other threads only after they have waited for this one at a lock or an atomic step, which orders such stores too.
+NYSTROMGAN_INLINE void stream(float* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, x);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, x);
+#else
+  store(p, x);
+#endif
+}
+
 template <class T>
-inline void from_float(const float* src, T* dst, int64_t n) {
+NYSTROMGAN_INLINE bool is_aligned(const T* p) {
+  return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(float)) == 0;
+}
+
+NYSTROMGAN_INLINE void stream_two(float* p, Vec first, Vec second) {
+  stream(p, first);
+  stream(p + kLanes, second);
+}
+
+template <class T>
+NYSTROMGAN_INLINE void stream_two(T* p, Vec first, Vec second) {
+  HalfBitsVec both[2] = {narrow(T{}, first), narrow(T{}, second)};
+  Vec bits;
+  memcpy(&bits, both, sizeof bits);
+  stream(reinterpret_cast<float*>(p), bits);
+}
+
+template <class T>
+inline void from_float(const float* src, T* dst, int64_t n, bool past_cache = false) {
   int64_t i = 0;
+  if (past_cache && is_aligned(dst))
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) stream_two(dst + i, load(src + i), load(src + i + kLanes));
   for (; i + kLanes <= n; i += kLanes) store(dst + i, load(src + i));
   if (i < n) store_first(dst + i, load_first(src + i, n - i), n - i);
 }
@@ -153,12 +200,14 @@ inline void gather(
   }
 }
 
-// Copies fp32 rows, src [rows, ld], to a matrix of any strides, dst [rows, cols]. Reads up to round_up(cols, kLanes).
+// Copies fp32 rows, src [rows, ld], to a matrix of any strides, dst [rows, cols], past the cache on request. Reads up to
+// round_up(cols, kLanes).
 template <class T>
 inline void scatter(
-    const float* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t row_stride, int64_t col_stride) {
+    const float* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t row_stride, int64_t col_stride,
+    bool past_cache = false) {
   if (col_stride == 1) {
-    for (int64_t r = 0; r < rows; ++r) from_float(src + r * ld, dst + r * row_stride, cols);
+    for (int64_t r = 0; r < rows; ++r) from_float(src + r * ld, dst + r * row_stride, cols, past_cache);
   } else if (row_stride == 1) {
     for (int64_t r = 0; r < rows; r += kLanes)
       for (int64_t c = 0; c < cols; c += kLanes) {
@@ -180,7 +229,7 @@ inline void scatter(
 template <class T>
 inline void scatter_scaled(
     float* src, int64_t ld, int64_t rows, int64_t cols, const float* factor, T* dst, int64_t row_stride,
-    int64_t col_stride) {
+    int64_t col_stride, bool past_cache = false) {
   const int64_t whole = cols / kLanes * kLanes;
   for (int64_t r = 0; r < rows; ++r) {
     float* from = src + r * ld;
@@ -190,7 +239,11 @@ inline void scatter_scaled(
       continue;
     }
     T* to = dst + r * row_stride;
-    for (int64_t c = 0; c < whole; c += kLanes) store(to + c, scale * load(from + c));
+    int64_t c = 0;
+    if (past_cache && is_aligned(to))
+      for (; c + 2 * kLanes <= whole; c += 2 * kLanes)
+        stream_two(to + c, scale * load(from + c), scale * load(from + c + kLanes));
+    for (; c < whole; c += kLanes) store(to + c, scale * load(from + c));
     if (whole < cols) store_first(to + whole, scale * load(from + whole), cols - whole);
   }
   if (col_stride != 1) scatter(src, ld, rows, cols, dst, row_stride, col_stride);

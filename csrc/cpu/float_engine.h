@@ -18,6 +18,7 @@ struct FloatEngine {
     ~Session() {}  // not trivial, so that no compiler calls the variable unused
   };
   static constexpr int64_t kRowPad = 1;
+  static constexpr bool kRounds = false;  // whether operands are bfloat16
 
   // A matrix [rows, cols] that a kernel computes two rows of a vector at a time, to use as a left or a right operand, or
   // as both. `data`, with rows `ld` apart, is the kernel's own, which fp32 takes in place; AMX packs to the scratch of

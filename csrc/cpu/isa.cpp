@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -13,7 +14,7 @@
 namespace nystromgan {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
 // Linux gives a process the state of the AMX tiles only when it asks.
 bool may_use_tiles() {
@@ -35,9 +36,8 @@ Isa best() {
   if (!all(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512vl"),
            __builtin_cpu_supports("avx512dq")))
     return Isa::avx2;
-  if (!all(__builtin_cpu_supports("avx512bf16"), __builtin_cpu_supports("amx-tile"), __builtin_cpu_supports("amx-bf16")))
-    return Isa::avx512;
-  return Isa::amx;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+  return all(__builtin_cpu_supports("amx-tile"), __builtin_cpu_supports("amx-bf16")) ? Isa::amx : Isa::avx512bf16;
 #else
   return Isa::portable;
 #endif
@@ -46,16 +46,16 @@ Isa best() {
 Isa highest_allowed() {
   const char* asked = std::getenv("NYSTROMGAN_CPU_ISA");
   if (asked == nullptr || *asked == '\0') return Isa::amx;
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < static_cast<int>(std::size(kNames)); ++i)
     if (std::strcmp(asked, kNames[i]) == 0) return static_cast<Isa>(i);
   throw std::runtime_error(
-      std::string("NYSTROMGAN_CPU_ISA must be one of portable, avx2, avx512, amx, got '") + asked + "'");
+      std::string("NYSTROMGAN_CPU_ISA must be one of portable, avx2, avx512, avx512bf16, amx, got '") + asked + "'");
 }
 
 Isa choose() {
   const Isa allowed = highest_allowed();
   const Isa chosen = best() < allowed ? best() : allowed;
-  return chosen == Isa::amx && !may_use_tiles() ? Isa::avx512 : chosen;
+  return chosen == Isa::amx && !may_use_tiles() ? Isa::avx512bf16 : chosen;
 }
 
 }  // namespace

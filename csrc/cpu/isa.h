@@ -4,18 +4,20 @@
 
 namespace nystromgan {
 
-enum class Isa { portable, avx2, avx512, amx };
+enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 
 Isa isa();  // throws for an unknown NYSTROMGAN_CPU_ISA
 
 #if NYSTROMGAN_X86
-#define NYSTROMGAN_WIDER(name, Arguments)           \
-  namespace avx2 { void name(const Arguments&); }   \
-  namespace avx512 { void name(const Arguments&); } \
+#define NYSTROMGAN_WIDER(name, Arguments)               \
+  namespace avx2 { void name(const Arguments&); }       \
+  namespace avx512 { void name(const Arguments&); }     \
+  namespace avx512bf16 { void name(const Arguments&); } \
   namespace amx { void name(const Arguments&); }
-#define NYSTROMGAN_CHOOSE_WIDER(name, arguments)         \
-  case Isa::avx2: return avx2::name(arguments);     \
-  case Isa::avx512: return avx512::name(arguments); \
+#define NYSTROMGAN_CHOOSE_WIDER(name, arguments)            \
+  case Isa::avx2: return avx2::name(arguments);             \
+  case Isa::avx512: return avx512::name(arguments);         \
+  case Isa::avx512bf16: return avx512bf16::name(arguments); \
   case Isa::amx: return amx::name(arguments);
 #else
 #define NYSTROMGAN_WIDER(name, Arguments)

@@ -27,6 +27,10 @@ inline void for_each_chunk(ParallelRun run, int64_t count, int64_t chunks, Body 
 
 inline int64_t chunks_of(int64_t tokens) { return (tokens + chunk_tokens(tokens) - 1) / chunk_tokens(tokens); }
 
+// Whether a tensor of so many rows is written past the cache; from here on its next reader finds little of it there.
+template <class T>
+inline bool exceeds_cache(int64_t rows, int64_t dim) { return rows * dim * int64_t{sizeof(T)} >= int64_t{1} << 24; }
+
 NYSTROMGAN_INLINE const float* as_const(const float* x) { return x; }
 
 template <class T>
@@ -218,6 +222,26 @@ inline void scale_to_base_2(const float* means, int64_t size, float scale, float
   for (int64_t i = 0; i < size; ++i) dst[i] = means[i] * (scale * kLog2E);
 }
 
+// -inf for the columns of a row from m on, and for those masked.
+inline void exclude_columns(float* x, int64_t m, int64_t padded, const bool* mask) {
+  for (int64_t i = m; i < padded; ++i) x[i] = -kInfinity;
+  if (mask == nullptr) return;
+  for (int64_t i = 0; i < m; ++i)
+    if (mask[i]) x[i] = -kInfinity;
+}
+
+// A vector of each of up to kLanes rows, of which one number a row is wanted. One by one, each row waits for its own
+// reductions: softmaxes of rows of 64 take 1.5 times as long.
+template <class OfRow, class Combine>
+NYSTROMGAN_INLINE Vec reduce_rows(int64_t rows, float absent, OfRow of_row, Combine combine) {
+  Vec x[kLanes];
+  for (int64_t r = 0; r < rows; ++r) x[r] = of_row(r);
+  for (int64_t r = rows; r < kLanes; ++r) x[r] = splat(absent);
+  return reduce_each(x, combine);
+}
+
+NYSTROMGAN_INLINE Vec add(Vec x, Vec y) { return x + y; }
+
 // Turns rows of base-2 logits [rows, ld] into 2^(x - max), times 1 / sum with normalise, else leaving that factor in
 // inverse_sum. The first m columns count, less those masked; the others become zero, as does a row with none that counts.
 // each_row() is called before each row.
@@ -225,29 +249,32 @@ template <bool normalise, class EachRow>
 inline void softmax_rows(
     float* logits, int64_t rows, int64_t m, int64_t ld, const bool* mask, float* inverse_sum, EachRow each_row) {
   const int64_t padded = round_up(m, kLanes);
-  for (int64_t r = 0; r < rows; ++r) {
-    each_row();
-    float* x = logits + r * ld;
-    for (int64_t i = m; i < padded; ++i) x[i] = -kInfinity;
-    if (mask != nullptr)
-      for (int64_t i = 0; i < m; ++i)
-        if (mask[i]) x[i] = -kInfinity;
-    Vec best = splat(-kInfinity);
-    for (int64_t i = 0; i < padded; i += kLanes) best = max(best, load(x + i));
-    const float top = reduce_max(best);
-    const Vec shift = splat(top == -kInfinity ? 0.0f : top);
-    Vec sum{};
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      const Vec y = exp2(load(x + i) - shift);
-      store(x + i, y);
-      sum += y;
-    }
-    const float total = reduce_add(sum);
-    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-    if constexpr (normalise) {
-      for (int64_t i = 0; i < padded; i += kLanes) store(x + i, inverse * load(x + i));
-    } else {
-      inverse_sum[r] = inverse;
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int64_t count = min(kLanes, rows - first);
+    float *const x = logits + first * ld, shift[kLanes], inverse[kLanes];
+    const Vec top = reduce_rows(count, -kInfinity, [&](int64_t r) {
+      each_row();
+      exclude_columns(x + r * ld, m, padded, mask);
+      Vec best = splat(-kInfinity);
+      for (int64_t i = 0; i < padded; i += kLanes) best = max(best, load(x + r * ld + i));
+      return best;
+    }, [](Vec y, Vec z) { return max(y, z); });
+    store(shift, top == -kInfinity ? Vec{} : top);
+    const Vec total = reduce_rows(count, 0.0f, [&](int64_t r) {
+      const Vec offset = splat(shift[r]);
+      Vec sum{};
+      for (int64_t i = 0; i < padded; i += kLanes) {
+        const Vec y = exp2(load(x + r * ld + i) - offset);
+        store(x + r * ld + i, y);
+        sum += y;
+      }
+      return sum;
+    }, add);
+    store(inverse, total == 0.0f ? Vec{} : 1.0f / total);
+    for (int64_t r = 0; r < count; ++r) {
+      if constexpr (normalise)
+        for (int64_t i = 0; i < padded; i += kLanes) store(x + r * ld + i, inverse[r] * load(x + r * ld + i));
+      else inverse_sum[first + r] = inverse[r];
     }
   }
 }

@@ -16,7 +16,7 @@
 #endif
 
 #ifndef NYSTROMGAN_ISA
-#error "compile with -DNYSTROMGAN_ISA=<namespace>, one of portable, avx2, avx512, amx"
+#error "compile with -DNYSTROMGAN_ISA=<namespace>, one of portable, avx2, avx512, avx512bf16, amx"
 #endif
 
 #define NYSTROMGAN_INLINE inline __attribute__((always_inline))
@@ -90,6 +90,16 @@ NYSTROMGAN_INLINE float reduce_max(Vec x) {
 #endif
 }
 
+NYSTROMGAN_INLINE int32_t reduce_min(IntVec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_min_epi32((__m512i)x);
+#else
+  int32_t least = x[0];
+  for (int i = 1; i < kLanes; ++i) least = x[i] < least ? x[i] : least;
+  return least;
+#endif
+}
+
 // 2^x to 1e-7 relative, exactly 1 at 0; 0 below 2^-126; NaN stays NaN. x at most 127.
 NYSTROMGAN_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
@@ -141,6 +151,22 @@ NYSTROMGAN_INLINE void transpose(Vec (&x)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) x[i] = y[i];
   }
+}
+
+// Lane i of the result is all lanes of x[i], combined: kLanes - 1 steps on pairs of vectors, whose lanes become those of
+// two rows in turn.
+template <class Combine>
+NYSTROMGAN_INLINE Vec reduce_each(Vec (&x)[kLanes], Combine combine) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      Vec low, high;
+      interleave(x[i], x[i + half], low, high);
+      x[i] = combine(low, high);
+    }
+  }
+  return x[0];
 }
 
 // Heap memory for floats, aligned to a cache line and not initialised.

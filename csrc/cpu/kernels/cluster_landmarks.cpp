@@ -31,32 +31,107 @@ struct Lloyd {
       if (index[n] >= 0) counts[index[n]] += 1.0f;
   }
 
-  // The landmark with the largest x . mean - |mean|^2 / 2 for each token that has one.
+  // The landmark with the largest x . mean - |mean|^2 / 2 for each token that has one. Where an engine rounds the means, and
+  // that could decide between the two best, fp32 decides: for random tokens about one in fifteen.
   void nearest(int64_t i, const T* x, const int32_t* from, int64_t count, int32_t* index, Workspace& w) const {
     const int64_t block = block_tokens<E>(m);
     const bool* absent = p.landmark_mask ? p.landmark_mask + i / p.heads * m : nullptr;
     const float* means = p.means + i * m * d;
     typename E::Session session;
-    float *packed = w.take(E::right_split_size(d, m)), *left = w.take(E::left_size(block, d)), *offset = w.take(ldm);
+    float *packed = w.take(E::right_size(d, m)), *left = w.take(E::left_size(block, d)), *offset = w.take(ldm);
     float *score = w.take(round_up(block, E::kRowPad) * ldm);
+    const Doubts doubts(w, E::kRounds ? block : 0, means, *this);
     for (int64_t c = 0; c < ldm; ++c) {
       float square = c < m && !(absent != nullptr && absent[c]) ? 0.0f : kInfinity;
       for (int64_t k = 0; c < m && k < d; ++k) square += means[c * d + k] * means[c * d + k];
       offset[c] = -0.5f * square;
     }
-    const auto landmarks = E::right_split(means, d, m, 1, d, packed);  // [D, M]
+    const auto landmarks = E::right(means, d, m, 1, d, packed);  // [D, M]
     for (int64_t n = 0; n < count; n += block) {
       const int64_t rows = min(block, count - n);
-      const auto tokens = E::left(x + n * p.x.token, rows, d, p.x.token, p.x.channel, left);
-      E::template multiply<false>(rows, m, d, tokens, landmarks, score, ldm);  // [tokens, D] x [D, M]
-      for (int64_t r = 0; r < rows; ++r)
-        index[n + r] = from[n + r] < 0 ? -1 : largest(score + r * ldm, offset);
+      const T* tokens = x + n * p.x.token;
+      // [tokens, D] x [D, M]
+      E::template multiply<false>(
+          rows, m, d, E::left(tokens, rows, d, p.x.token, p.x.channel, left), landmarks, score, ldm);
+      int64_t doubtful = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Winner winner = find_largest<E::kRounds>(score + r * ldm, offset);
+        index[n + r] = from[n + r] < 0 ? -1 : winner.place;
+        if constexpr (E::kRounds)
+          if (!(winner.lead > doubts.least_lead(tokens + r * p.x.token))) doubts.row[doubtful++] = r;
+      }
+      if (doubtful == 0) continue;
+      doubts.decide(tokens, doubtful, offset, score, [&](int64_t r, int32_t place) {
+        index[n + r] = from[n + r] < 0 ? -1 : place;
+      });
     }
   }
 
+  // The tokens of a block whose nearest landmark depends on how an engine rounds the means.
+  struct Doubts {
+    const Lloyd& of;
+    float *means, *tokens;  // [D, M] and of those tokens [rows, D], in fp32
+    float rounding;         // twice the most that |mean| changes where its numbers are rounded to T
+    int64_t* row;
+
+    Doubts(Workspace& w, int64_t block, const float* exact, const Lloyd& of)
+        : of(of), means(w.take(block > 0 ? of.d * of.ldm : 0)), tokens(w.take(block * round_up(of.d, kLanes))),
+          rounding(0), row(reinterpret_cast<int64_t*>(w.take(2 * block))) {
+      if constexpr (!E::kRounds) return;
+      else measure(exact);
+    }
+
+    void measure(const float* exact) {
+      scaled_transpose(of.m, of.d, 1.0f, exact, of.d, means, of.ldm);
+      for (int64_t c = 0; c < of.m; ++c) {
+        Vec squares{};
+        for (int64_t k = 0; k < of.d; k += kLanes) {
+          const int64_t rest = of.d - k;
+          const Vec x = rest >= kLanes ? load(exact + c * of.d + k) : load_first(exact + c * of.d + k, rest);
+          const Vec change = x - widen(T{}, narrow(T{}, x));
+          squares += change * change;
+        }
+        const float square = reduce_add(squares);
+        if (larger(square, rounding)) rounding = square;
+      }
+      rounding = 2.0f * __builtin_sqrtf(rounding);
+    }
+
+    // Rounding moves x . mean by at most |x| times what it moves the mean.
+    float least_lead(const T* token) const {
+      const int64_t d = of.d, step = of.p.x.channel;
+      float square = 0.0f;
+      if (step == 1) {
+        Vec sum{};
+        int64_t k = 0;
+        for (; k + kLanes <= d; k += kLanes) sum += load(token + k) * load(token + k);
+        if (k < d) sum += load_first(token + k, d - k) * load_first(token + k, d - k);
+        square = reduce_add(sum);
+      } else {
+        for (int64_t k = 0; k < d; ++k) square += to_float(token[k * step]) * to_float(token[k * step]);
+      }
+      return rounding * __builtin_sqrtf(square);
+    }
+
+    template <class Decide>
+    void decide(const T* block, int64_t count, const float* offset, float* score, Decide decided) const {
+      const int64_t ld = round_up(of.d, kLanes);
+      for (int64_t i = 0; i < count; ++i)
+        gather(block + row[i] * of.p.x.token, 1, of.d, of.p.x.token, of.p.x.channel, tokens + i * ld, ld);
+      multiply_float<false>(count, of.ldm, of.d, {tokens, ld, 1}, means, of.ldm, score, of.ldm);
+      for (int64_t i = 0; i < count; ++i) decided(row[i], of.template find_largest<false>(score + i * of.ldm, offset).place);
+    }
+  };
+
+  struct Winner {
+    int32_t place;
+    float lead;  // over the next largest; NaN where there is a NaN
+  };
+
   // The first column with the largest score + offset.
-  int32_t largest(const float* score, const float* offset) const {
-    Vec best = load(score) + load(offset);
+  template <bool with_lead>
+  Winner find_largest(const float* score, const float* offset) const {
+    Vec best = load(score) + load(offset), second = splat(-kInfinity);
     IntVec at{}, place{};
     for (int j = 0; j < kLanes; ++j) place[j] = j;
     at = place;
@@ -64,14 +139,15 @@ struct Lloyd {
       place += kLanes;
       const Vec x = load(score + c) + load(offset + c);
       const IntVec above = x > best;
+      if constexpr (with_lead) second = above ? max(second, best) : max(second, x);
       best = above ? x : best;
       at = above ? place : at;
     }
-    int32_t found = at[0];
-    float top = best[0];
-    for (int j = 1; j < kLanes; ++j)
-      if (best[j] > top || (best[j] == top && at[j] < found)) top = best[j], found = at[j];
-    return found;
+    const float top = reduce_max(best);
+    const int32_t found = reduce_min(best == top ? at : IntVec{} + static_cast<int32_t>(ldm));
+    if (found == ldm) return {0, __builtin_nanf("")};
+    if constexpr (with_lead) second = max(second, at == found ? splat(-kInfinity) : best);
+    return {found, top - reduce_max(second)};
   }
 
   // Means of the chunks' sums in their order; an empty landmark keeps its place, or is zero at the start.

@@ -66,7 +66,8 @@ struct Backward {
       // [queries, M] x [M, D]
       E::template multiply<false>(
           rows, d, m, E::left(as_const(grad), rows, m, ldm, 1, left), plain_means, result, ldd);
-      scatter(result, ldd, rows, d, row<T>(f.grad_query, b, h, n), f.grad_query.token, f.grad_query.channel);
+      scatter(result, ldd, rows, d, row<T>(f.grad_query, b, h, n), f.grad_query.token, f.grad_query.channel,
+              exceeds_cache<T>(count * p.queries, d));
     }
   }
 
@@ -74,14 +75,21 @@ struct Backward {
 
   // grad [rows, M] of the softmax becomes that of its logits' source: s P (dP - sum P dP).
   void softmax_rows_backward(const float* factor, float* grad, int64_t rows, PrefetchLines<T>& ahead) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      ahead.step();
-      const float* weight = factor + r * ldm;
-      float* to = grad + r * ldm;
-      Vec sum{};
-      for (int64_t c = 0; c < ldm; c += kLanes) sum += load(weight + c) * load(to + c);
-      const Vec delta = splat(reduce_add(sum));
-      for (int64_t c = 0; c < ldm; c += kLanes) store(to + c, p.scale * load(weight + c) * (load(to + c) - delta));
+    for (int64_t first = 0; first < rows; first += kLanes) {
+      const int64_t count = min(kLanes, rows - first);
+      const float* weight = factor + first * ldm;
+      float *const to = grad + first * ldm, delta[kLanes];
+      store(delta, reduce_rows(count, 0.0f, [&](int64_t r) {
+        ahead.step();
+        Vec sum{};
+        for (int64_t c = 0; c < ldm; c += kLanes) sum += load(weight + r * ldm + c) * load(to + r * ldm + c);
+        return sum;
+      }, add));
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t c = 0; c < ldm; c += kLanes) {
+          const int64_t at = r * ldm + c;
+          store(to + at, p.scale * load(weight + at) * (load(to + at) - delta[r]));
+        }
     }
   }
 
@@ -224,8 +232,10 @@ struct Backward {
       }
       if (inverse != nullptr) spread(i, n, rows, f.grad_key_means + i * m * d, inverse->of(b, h), grad_key, ldd, d);
       if (is_exact(p, i)) spread(i, n, rows, grad_mixed + i * m * e, inverse->of(b, h), grad_value, lde, e);
-      scatter(grad_key, ldd, rows, d, row<T>(f.grad_key, b, h, n), f.grad_key.token, f.grad_key.channel);
-      scatter(grad_value, lde, rows, e, row<T>(f.grad_value, b, h, n), f.grad_value.token, f.grad_value.channel);
+      scatter(grad_key, ldd, rows, d, row<T>(f.grad_key, b, h, n), f.grad_key.token, f.grad_key.channel,
+              exceeds_cache<T>(count * p.keys, d));
+      scatter(grad_value, lde, rows, e, row<T>(f.grad_value, b, h, n), f.grad_value.token, f.grad_value.channel,
+              exceeds_cache<T>(count * p.keys, e));
     }
   }
 

@@ -183,8 +183,9 @@ struct Forward {
     scale_to_base_2(p.key_means + i * m * d, m * d, p.scale, scaled);
     const auto keys = E::right_split(as_const(scaled), d, m, 1, d, landmarks);                     // [D, M]
     const auto values = E::right_split(static_cast<const float*>(p.mixed + i * m * e), m, e, e, 1, mixed);  // [M, E]
-    // fp32 rows of whole vectors are written where they belong
-    const bool in_place = sizeof(T) == sizeof(float) && f.output.channel == 1 && lde == e;
+    // fp32 rows of whole vectors are written where they belong, unless that would read them first
+    const bool past_cache = exceeds_cache<T>(p.batch * p.heads * p.queries, e);
+    const bool in_place = !past_cache && sizeof(T) == sizeof(float) && f.output.channel == 1 && lde == e;
     prefault_rows<T>(f.output, b, h, first, last - first, e);
     for (int64_t n = first; n < last; n += block) {
       const int64_t count = min(block, last - n);
@@ -203,7 +204,8 @@ struct Forward {
       if (in_place) {
         for (int64_t r = 0; r < count; ++r) scale_in_place(lde, inverse[r], to + r * f.output.token);
       } else {
-        scatter_scaled(result, lde, count, e, inverse, row<T>(f.output, b, h, n), f.output.token, f.output.channel);
+        scatter_scaled(
+            result, lde, count, e, inverse, row<T>(f.output, b, h, n), f.output.token, f.output.channel, past_cache);
       }
     }
   }

@@ -180,19 +180,9 @@ void store_vectors(const Weight& weight, const PowerState& state) {
   store_vector(state.v, state.v_buffer, weight.cols);
 }
 
-// Past the cache, as the outputs of a network's weights exceed it: the plain store first reads what it overwrites, and
-// 56 MB of weights take 3.7 ms instead of 2.1 (2 cores; 6.6 and 5.6 with a read of the outputs after it). p is aligned.
-// The atomic step of for_each, after every block, orders these stores before what other threads do next.
-NYSTROMGAN_INLINE void stream(float* p, Vec x) {
-#if defined(__AVX512F__)
-  _mm512_stream_ps(p, x);
-#elif defined(__AVX2__)
-  _mm256_stream_ps(p, x);
-#else
-  store(p, x);
-#endif
-}
-
+// Past the cache, as the outputs of a network's weights exceed it: 56 MB of weights take 3.7 ms with plain stores instead
+// of 2.1 (2 cores; 6.6 and 5.6 with a read of the outputs after it). The atomic step of for_each, after every block,
+// orders these stores before what other threads do next. p is aligned.
 template <class T>
 NYSTROMGAN_INLINE void stream(T* p, Vec x) {
   store(p, x);
