@@ -13,7 +13,8 @@ from nystromgan import _recycled
 from nystromgan.testing import relative_error
 
 pytestmark = pytest.mark.skipif(bool(nystromgan.available_backends()["cpu"]), reason="needs the native CPU library")
-TOKENS = 2**16  # times 64 channels of float32: 16 MiB, from which memory is kept
+TOKENS = 2**16
+SIZE = TOKENS * 64 * 4  # bytes of 64 channels of float32: 16 MiB, from which memory is kept
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_maps_too() -> None:
 
 
 def test_what_is_kept_is_limited_and_given_back(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_recycled.os, "sysconf", lambda name: 2**25 // 2**12 * 3 * 16 if "PHYS" in name else 2**12)
+    monkeypatch.setattr(_recycled.os, "sysconf", lambda name: SIZE // 2**12 * 3 * 16 if "PHYS" in name else 2**12)
     held = [_attend(tokens) for _ in range(5)]
     kept = len(_recycled._pool)  # counted apart, as pytest would show every byte of a storage
     assert kept == 3
