@@ -109,8 +109,7 @@ def _error(spread: dict[str, float]) -> str:
 def _targets(records: dict[str, store.Record]) -> Section:
     note = (
         "What the project promises on a two-core CPU. Of several cases the one nearest to a miss is shown. Cost, "
-        "memory "
-        "and floor are ours over the other's."
+        "memory and floor are ours over the other's."
     )
     table = [["line", "needed", "measured", "where", "held"]]
     for finding in targets.findings(store.rows_of(records)):
@@ -121,16 +120,15 @@ def _targets(records: dict[str, store.Record]) -> Section:
         noisy = " (noisy)" if finding.noisy else ""
         held = "yes" if finding.held else "no"
         table.append([target.line, target.needed, f"{finding.value:.2f}x{noisy}", finding.place, held])
-    return Section("Targets", note, [*table, targets.landmark_line(records)])
+    return Section("Targets", note, [*table, targets.spectral_line(records), targets.landmark_line(records)])
 
 
 def _ratios(rows: list[tables.Row]) -> Section:
     note = (
         "Ratio: the peer's time over ours, the median of the rounds' ratios with its quartiles; noisy where those, "
-        "the medians of the run's two visits, or two "
-        "runs of one commit, lie more than 10% apart. Roofline: the least time, by operations over the rate of matrix "
-        "products or bytes over that of a copy, whichever is longer, as a share of ours; both rates are of the "
-        "same run."
+        "the medians of the run's two visits, or two runs of one commit, lie more than 10% apart. Roofline: the least "
+        "time, by operations over the rate of matrix products or bytes over that of a copy, whichever is longer, as a "
+        "share of ours; both rates are of the same run."
     )
     marked = [pair.noisy for pair in tables.results(rows)]
     note += f" {sum(marked)} of {len(marked)} are noisy here."

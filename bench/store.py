@@ -10,14 +10,16 @@ from nystromgan.bench.cases import cases
 Row = dict[str, Any]
 Record = dict[str, Any]
 RESULTS = pathlib.Path(__file__).parent / "results"
-LANDMARKS = "landmarks"  # accuracy over landmarks: the one file whose rows are no case's
+LANDMARKS = "landmarks"  # accuracy over landmarks
+DISCRIMINATOR = "modules/discriminator"  # what spectral norm adds to a network, by bench_modules
+NO_CASES = (LANDMARKS, DISCRIMINATOR)  # the files whose rows are no case's
 OPS = ("nystrom_attention", "spatiotemporal_attention", "iterative_pinv", "power_iteration", "modules", "zoo")
 
 
 def load(folder: pathlib.Path) -> dict[str, Record]:
     """The records of one machine by op."""
-    paths = [folder / f"{name}.json" for name in (*OPS, LANDMARKS)]
-    return {path.stem: read(path) for path in paths if path.exists()}
+    paths = {name: folder / f"{name}.json" for name in (*OPS, *NO_CASES)}
+    return {name: read(path) for name, path in paths.items() if path.exists()}
 
 
 def read(path: pathlib.Path) -> Record:
@@ -25,7 +27,7 @@ def read(path: pathlib.Path) -> Record:
 
 
 def rows_of(records: dict[str, Record]) -> list[Row]:
-    return [row for name, record in records.items() if name != LANDMARKS for row in record["rows"]]
+    return [row for name, record in records.items() if name not in NO_CASES for row in record["rows"]]
 
 
 def write(path: pathlib.Path, record: Record) -> None:

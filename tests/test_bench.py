@@ -319,6 +319,21 @@ def test_memory_is_what_the_formulas_predict() -> None:
         assert peak == pytest.approx(bytes_held, rel=0.1), key
 
 
+def test_target_of_spectral_norm_is_the_dearest_share() -> None:
+    rows = [
+        {"form": form, "share_of_torch": share, "batch": batch, "mode": "forward"}
+        for form, share, batch in (
+            ("torch's parametrization", 1.0, 1),
+            ("fuse_spectral_norm", 0.3, 1),
+            ("fuse_spectral_norm", 0.5, 8),
+        )
+    ]
+    assert targets.spectral_line({store.DISCRIMINATOR: {"rows": rows}})[2:] == [
+        "0.50x", "discriminator, batch of 8, forward", "no",
+    ]  # fmt: skip
+    assert targets.spectral_line({})[3] == "not measured"
+
+
 def test_targets_tell_what_is_missed() -> None:
     row = {
         "case": "c",

@@ -32,7 +32,7 @@ in_every_dtype = pytest.mark.parametrize("dtype", NATIVE_DTYPES)
 
 
 def check(backend: str, num_landmarks: int, *, compare_eager: bool = True, tolerance=None, **sizes: object) -> None:
-    """Plain segment means, against float64 and, where it is a kernel's, against eager: the definition is eager itself."""
+    """Plain segment means, against float64 and, but for the definition, which is eager itself, against eager."""
     inputs = attention_inputs(**sizes, device=device_of(backend))  # type: ignore[arg-type]
     compare_eager = compare_eager and backend != "reference"
     eager = functools.partial(eager_nystrom_attention, num_landmarks=num_landmarks) if compare_eager else None
