@@ -1,7 +1,7 @@
 """The cuda stage: compute-sanitizer over the C++ kernels, and their time beside the other backends', launch by launch.
 
 Times are of CUDA graphs that are replayed, so that what Python takes does not enter. On cuda, nystrom_attention of few
-tokens is one launch and iterative_pinv of 65 to 256 rows runs in clusters; WITHOUT are the same calls the other way.
+tokens is one launch and iterative_pinv of 33 to 256 rows runs in clusters; WITHOUT are the same calls the other way.
 """
 
 import contextlib

@@ -24,7 +24,7 @@ struct PinvChip {
 };
 
 // Tiles of all matrices shared by all blocks of a cooperative launch, through memory; or, of the forward, each matrix by a
-// cluster of blocks, which needs neither `padded` nor room for iterates.
+// cluster of blocks, which needs neither `padded` nor room for iterates, and `norms` only of a start that is shared.
 struct PinvTiled {
   const float* matrix;       // (count, M, M)
   const float* norms;        // (count, 2)

@@ -35,6 +35,54 @@ struct ClusterPinv {
     s_back = reinterpret_cast<float*>(s + 10 * Slot::kElements), s_largest = s_back + 4;
   }
 
+  // Of the whole matrix, whose rows of this block begin at `first_row`: the blocks tell each other their columns' sums.
+  DEVICE Norms norms(const Bounded& matrix, int first_row) const {
+    constexpr int kGroups = kClusterThreads / SIDE, kEach = kClusterRows / kGroups, kWarps = kClusterThreads / 32;
+    float* s_parts = reinterpret_cast<float*>(passing[0].high);  // (kGroups, SIDE)
+    float* s_told = s_parts + kClusterThreads;                   // (SIDE), and the largest of the rows' sums
+    const int own_column = thread_index() % SIDE, group = thread_index() / SIDE;
+    float sum = 0.0f, largest = 0.0f;
+    UNROLL
+    for (int r = 0; r < kEach; ++r) sum += fabsf(matrix.at(first_row + group * kEach + r, own_column));
+    s_parts[thread_index()] = sum;
+    UNROLL
+    for (int r = 0; r < kClusterRows / kWarps; ++r) {
+      sum = 0.0f;
+      UNROLL
+      for (int k = 0; k < SIDE; k += 32) sum += fabsf(matrix.at(first_row + warp_index() + r * kWarps, k + lane_index()));
+      largest = max_of(largest, warp_sum(sum));
+    }
+    if (lane_index() == 0) s_largest[warp_index()] = largest;
+    sync_block();
+    if (thread_index() < SIDE) {
+      sum = 0.0f;
+      for (int i = 0; i < kGroups; ++i) sum += s_parts[i * SIDE + thread_index()];
+      s_told[thread_index()] = sum;
+    }
+    if (thread_index() == 0) {
+      for (int i = 0; i < kWarps; ++i) largest = max_of(largest, s_largest[i]);
+      s_told[SIDE] = largest;
+    }
+    sync_cluster();
+    Norms all{0.0f, 0.0f};
+    Four columns{{0.0f, 0.0f, 0.0f, 0.0f}};
+    UNROLL
+    for (int other = 0; other < kBlocks; ++other) {
+      const Four told = load_remote(s_told + 4 * (thread_index() % (SIDE / 4)), other);
+      all.row = max_of(all.row, load_remote(s_told + SIDE, other).x[0]);
+      UNROLL
+      for (int i = 0; i < 4; ++i) columns.x[i] += told.x[i];
+    }
+    UNROLL
+    for (int i = 0; i < 4; ++i) all.column = max_of(all.column, columns.x[i]);
+    all.column = warp_max(all.column);
+    if (lane_index() == 0) s_largest[warp_index()] = all.column;
+    sync_block();
+    for (int i = 0; i < kWarps; ++i) all.column = max_of(all.column, s_largest[i]);
+    sync_block();
+    return all;
+  }
+
   // Calls use(rows, rank of their block) for what every block of the cluster has in `own`. The next come while these serve.
   template <class Use>
   DEVICE void for_each_block(const Slot& own, Use use) const {
@@ -140,11 +188,12 @@ DEVICE void pinv_cluster(const PinvTiled& problem) {
   const int64_t matrix = block_index() / Pinv::kBlocks, offset = matrix * problem.size * problem.size;
   const int first_row = pinv.rank * kClusterRows;
   const Bounded a{problem.matrix + offset, problem.size};
-  const Norms own{problem.norms[2 * matrix], problem.norms[2 * matrix + 1]};
+  const Norms own = pinv.norms(a, first_row);
   // As large as A can be made whose rows' sums of magnitudes, and so its elements, then end below kHalvesUnit.
   const float unit = halves_scale(own.row) * (kHalvesUnit / (2 << kHalvesExponent));
-  for (int i = thread_index(); i < kClusterRows * SIDE / 2; i += kClusterThreads) {
-    const int row = i / (SIDE / 2), column = i % (SIDE / 2) * 2;
+  UNROLL
+  for (int k = 0; k < kClusterRows * SIDE / 2 / kClusterThreads; ++k) {
+    const int i = k * kClusterThreads + thread_index(), row = i / (SIDE / 2), column = i % (SIDE / 2) * 2;
     const HalvesPair pair = halves_of(unit * a.at(first_row + row, column), unit * a.at(first_row + row, column + 1));
     const int place = row * Pinv::Slot::kStride + column;
     *reinterpret_cast<uint32_t*>(pinv.a.high + place) = pair.high;

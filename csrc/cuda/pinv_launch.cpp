@@ -10,6 +10,7 @@ DECLARE_KERNEL(pinv_chip_64, pinv_chip_64)
 DECLARE_KERNEL(pinv_chip_128, pinv_chip_128)
 DECLARE_KERNEL(pinv_chip_backward_32, pinv_chip_backward_32)
 DECLARE_KERNEL(pinv_chip_backward_64, pinv_chip_backward_64)
+DECLARE_KERNEL(pinv_cluster_64, pinv_cluster_64)
 DECLARE_KERNEL(pinv_cluster_128, pinv_cluster_128)
 DECLARE_KERNEL(pinv_cluster_256, pinv_cluster_256)
 DECLARE_KERNEL(pinv_tiled, pinv_tiled_forward)
@@ -26,20 +27,22 @@ constexpr size_t kMatmulSharedBytes = 2 * 3 * 64 * 36 * 4, kMostStartBytes = 2 *
 constexpr int64_t kWorkMatrices = 6, kMostChip = 128, kMostChipBackward = 64;
 
 constexpr int kClusterThreads = 256;
-constexpr int64_t kClusterRows = 32, kLeastCluster = 65, kMostCluster = 256;
+constexpr int64_t kClusterRows = 32, kLeastCluster = 33, kMostCluster = 256;
 
 std::atomic<bool> clusters_allowed{true};
 
-int64_t cluster_side(int64_t size) { return size <= 128 ? 128 : 256; }
+int64_t cluster_side(int64_t size) { return size <= 64 ? 64 : size <= 128 ? 128 : 256; }
 
-const Kernel& cluster_kernel(int64_t size) { return size <= 128 ? kernel_pinv_cluster_128 : kernel_pinv_cluster_256; }
+const Kernel& cluster_kernel(int64_t size) {
+  return size <= 64 ? kernel_pinv_cluster_64 : size <= 128 ? kernel_pinv_cluster_128 : kernel_pinv_cluster_256;
+}
 
 // What a block of a cluster lays out: five matrices of its rows, each in two halves, and a float a warp beside a scale.
 size_t cluster_bytes(int64_t side) { return static_cast<size_t>(5 * 2 * 2 * kClusterRows * (side + 8) + 64); }
 
-// Sizes that one block holds with room to spare are not worth a cluster, and 512 rows are more than eight blocks hold.
-// Unmeasured: on 128 rows a cluster has four times the tensor cores of the one block that it replaces and needs half their
-// time for a product; on 256 it replaces four meetings of all blocks a step by two of eight.
+// 512 rows are more than eight blocks hold, and 32 are done by one before others have come. Unmeasured: a cluster has two to
+// eight times the tensor cores of the one block that it replaces, which need half the time for a product; on 256 rows two
+// meetings of eight blocks a step replace four of all blocks.
 bool takes_cluster(const Tensor& on, int64_t size) {
   return clusters_allowed && size >= kLeastCluster && size <= kMostCluster &&
          has_clusters(cluster_kernel(size), cluster_bytes(cluster_side(size)), on);
@@ -82,7 +85,7 @@ void launch_pinv(const Tensor& on, const float* matrix, float* inverse, int64_t 
                  bool global_init) {
   if (takes_cluster(on, size)) {
     const int64_t side = cluster_side(size), blocks = side / kClusterRows;
-    const Tensor norms = norms_of(on, matrix, count, size);
+    const Tensor norms = global_init ? norms_of(on, matrix, count, size) : floats(on, 0);
     PinvTiled problem = tiled(matrix, norms, count, size, iterations, global_init);
     problem.inverse = inverse;
     const Launch shape{count * blocks, kClusterThreads, cluster_bytes(side), false, static_cast<int>(blocks)};

@@ -85,7 +85,7 @@ else:
 
         @pytest.mark.parametrize(
             ("size", "count", "iterations", "init"),
-            [(70, 2, 3, "per_matrix"), (128, 2, 1, "global_max"), (150, 1, 1, "per_matrix")],
+            [(40, 3, 6, "per_matrix"), (70, 2, 3, "per_matrix"), (128, 2, 1, "global_max"), (150, 1, 1, "per_matrix")],
         )
         def test_by_a_cluster_of_blocks(self, size: int, count: int, iterations: int, init: str) -> None:
             """As near to float64 as by one block or through memory, also of matrices whose rows are no weights."""
@@ -101,7 +101,7 @@ else:
                 assert not torch.equal(clustered, other)  # or the same path ran twice
                 assert relative_error(clustered, exact) <= 1.5 * relative_error(other, exact) + 2e-7
 
-        @pytest.mark.parametrize("size", [128, 130])
+        @pytest.mark.parametrize("size", [40, 128, 130])
         def test_without_clusters(self, size: int) -> None:
             matrix = matrices(1, size, size)
             expected = iterative_pinv(matrix, iterations=1, backend="reference")
