@@ -1,7 +1,7 @@
 """The cuda stage: compute-sanitizer over the C++ kernels, and their time beside the other backends', launch by launch.
 
 Times are of CUDA graphs that are replayed, so that what Python takes does not enter. On cuda, nystrom_attention of few
-tokens is one launch and iterative_pinv of 33 to 256 rows runs in clusters; WITHOUT are the same calls the other way.
+tokens is one launch and iterative_pinv of 33 to 256 rows runs in clusters; SWITCHES make the same calls the other way.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ from nystromgan.bench import gpu_checks
 Row = dict[str, Any]
 TOOLS = ("memcheck", "racecheck")
 BACKENDS = ("cuda", "triton", "reference")
-WITHOUT = {"nystrom_attention": "single_launch", "iterative_pinv": "clusters"}  # what an op can be told to leave
+# What an op may take: 0 never, 2 also where it does not by itself.
+SWITCHES = {"nystrom_attention": ("single_launch=0", "single_launch=2"), "iterative_pinv": ("clusters=0",)}
 REPLAYS, REPEATS = 20, 9
 
 
@@ -40,9 +41,9 @@ def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder
         for tool in TOOLS:
             if ops is None or op in ops:
                 yield _sanitized(op, tool, budget_s)
-    for op in WITHOUT:
+    for op in SWITCHES:
         if ops is None or op in ops:
-            yield from _rows_without(op)
+            yield from _switched_rows(op)
     for op, name, function, inputs in _cases():
         for backend in _forms(op, BACKENDS):
             for mode in ("forward", "both"):
@@ -54,33 +55,34 @@ def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder
 
 
 def _forms(op: str, backends: tuple[str, ...]) -> list[str]:
-    """The backends, and cuda without what `op` can leave."""
-    return [*backends, *([f"cuda without {WITHOUT[op]}"] if op in WITHOUT else [])]
+    """The backends, and cuda with each switch of `op`."""
+    return [*backends, *(f"cuda {switch}" for switch in SWITCHES.get(op, ()))]
 
 
 @contextlib.contextmanager
 def _running(form: str) -> Iterator[str]:
-    """The backend of a form, which within leaves what its name says."""
-    backend, _, left = form.partition(" without ")
-    if not left:
+    """The backend of a form, whose switch is set within."""
+    backend, _, switch = form.partition(" ")
+    if not switch:
         yield backend
         return
-    allow = getattr(ctypes.CDLL(str(_native.library_path(_native.CUDA_LIBRARY))), f"nystromgan_cuda_allow_{left}")
-    allow(0)
+    path, value = switch.split("=")
+    allow = getattr(ctypes.CDLL(str(_native.library_path(_native.CUDA_LIBRARY))), f"nystromgan_cuda_allow_{path}")
+    allow(int(value))
     try:
         yield backend
     finally:
         allow(1)
 
 
-def _rows_without(op: str) -> Iterator[Row]:
-    """The correctness stage's rows of `op` without what it can leave."""
+def _switched_rows(op: str) -> Iterator[Row]:
+    """The correctness stage's rows of `op` with each of its switches."""
     for check in gpu_checks.checks(tiny=False):
         for dtype in _backend.NATIVE_DTYPES if check.op == op else ():
-            (form,) = _forms(op, ())
-            with _running(form) as backend:
-                errors = functools.partial(gpu_checks._errors, check, dtype, backend, "cuda")
-                yield gpu_checks._guarded(op, form, f"{check.name} {dtype}", errors)
+            for form in _forms(op, ()):
+                with _running(form) as backend:
+                    errors = functools.partial(gpu_checks._errors, check, dtype, backend, "cuda")
+                    yield gpu_checks._guarded(op, form, f"{check.name} {dtype}", errors)
 
 
 def _sanitized(op: str, tool: str, budget_s: float) -> Row:

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kSide = kSingleLandmarks, kStages = 2, kLeastContextSplit = 128, kStep = 64;
 
-std::atomic<bool> single_allowed{true};
+std::atomic<int> single_allowed{1};
 
 int64_t padded(int64_t channels) { return ceil_of(channels, 16) * 16; }
 
@@ -132,8 +132,9 @@ void group_queries(NystromSingle& p, int64_t blocks) {
 // enter: a row's bits must not depend on what else is in the batch. Unmeasured: that it is one launch in the place of 11 to
 // 15, of 1 to 3 us each where they are short, is why it is taken.
 bool takes_single_launch(Dtype dtype, int64_t queries, int64_t keys, int64_t landmarks, int64_t widest, bool global_init) {
-  return single_allowed && landmarks <= kSide && widest <= (dtype == Dtype::float32 ? 64 : 128) && !global_init &&
-         queries <= kSingleTokens && keys <= kSingleTokens;
+  const int64_t tokens = std::max(queries, keys);
+  return landmarks <= kSide && widest <= (dtype == Dtype::float32 ? 64 : 128) && !global_init &&
+         (single_allowed > 1 || (single_allowed && tokens <= kSingleTokens));
 }
 
 void launch_single(const SingleCall& call) {
@@ -155,7 +156,8 @@ void launch_single(const SingleCall& call) {
 
 }  // namespace nystromgan
 
-// Whether nystrom_attention may take the single launch, which measurements and tests turn off to see the other path.
+// Whether nystrom_attention may take the single launch: 0 never, 1 as it does by itself, 2 of any number of tokens. For
+// measurements and tests, which compare the two paths.
 extern "C" __attribute__((visibility("default"))) void nystromgan_cuda_allow_single_launch(int allowed) {
-  nystromgan::single_allowed = allowed != 0;
+  nystromgan::single_allowed = allowed;
 }

@@ -63,8 +63,11 @@ else:
             results.append([output, *torch.autograd.grad(output.float().square().sum(), list(leaves.values()))])
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
-    def allow(path: str, allowed: bool) -> None:
-        """Whether the library may take the path "single_launch" or "clusters" where it applies; it may at first."""
+    def allow(path: str, allowed: int) -> None:
+        """Whether the library may take the path "single_launch" or "clusters" where it applies; it may at first.
+
+        2 allows the single launch for any number of tokens.
+        """
         getattr(ctypes.CDLL(str(FOLDER / _native.CPU_LIBRARY)), f"nystromgan_cuda_allow_{path}")(int(allowed))
 
     def matrices(*shape: int) -> Tensor:
@@ -309,7 +312,7 @@ else:
         """What the single launch returns, also for the backward, beside the many launches."""
 
         @staticmethod
-        def outputs(inputs: dict[str, Tensor], options: dict[str, object], allowed: bool) -> tuple[Tensor, ...]:
+        def outputs(inputs: dict[str, Tensor], options: dict[str, object], allowed: int) -> tuple[Tensor, ...]:
             """Everything that the forward returns: O, the two means, G V, W and the logarithms of G's row sums."""
             kept = []
             run = torch.ops.nystromgan.nystrom_attention_native
@@ -340,10 +343,12 @@ else:
                 finite = torch.where(x.isinf(), 0, x), torch.where(y.isinf(), 0, y)
                 assert relative_error(*finite) < TOLERANCES[dtype].output
 
-        def test_more_splits_of_more_tokens(self) -> None:
-            inputs = attention_inputs(1, 1, 4100, 100, 8, dtype=HALF)
+        @pytest.mark.parametrize(("tokens", "allowed"), [(4100, 1), (8200, 2)])
+        def test_more_splits_of_more_tokens(self, tokens: int, allowed: int) -> None:
+            inputs = attention_inputs(1, 1, tokens, 100, 8, dtype=HALF)
             options = {"num_landmarks": 40, "pinv_iterations": 1}
-            one, many = self.outputs(inputs, options, True), self.outputs(inputs, options, False)
+            one, many = self.outputs(inputs, options, allowed), self.outputs(inputs, options, False)
+            assert not torch.equal(one[3], many[3])
             assert relative_error(one[1], many[1]) < 1e-6
             assert relative_error(one[0], many[0]) < TOLERANCES[HALF].output
 

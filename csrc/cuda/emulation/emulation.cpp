@@ -17,6 +17,7 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kLanes = 32, kOperandBytes = 64;
+constexpr size_t kGuardBytes = 4096;  // behind a block's shared memory, which no kernel may write
 
 struct Copy {
   char* target;
@@ -203,7 +204,7 @@ void run(void (*kernel)(const void*), const void* parameters, unsigned blocks, u
     cluster_blocks = states.data();
     for (unsigned i = 0; i < together; ++i) {
       Block& block = states[i];
-      block.shared.assign(shared_bytes, static_cast<char>(0xff));
+      block.shared.assign(shared_bytes + kGuardBytes, static_cast<char>(0xff));
       block.warps.resize(threads / kLanes);
       block.barrier.expected = threads;
       for (unsigned thread = 0; thread < threads; ++thread) {
@@ -214,6 +215,12 @@ void run(void (*kernel)(const void*), const void* parameters, unsigned blocks, u
       }
     }
     schedule(fibres, size_t{together} * threads, reverse);
+    for (const Block& block : states)
+      for (size_t i = shared_bytes; i < block.shared.size(); ++i)
+        if (block.shared[i] != static_cast<char>(0xff)) {
+          fprintf(stderr, "emulation: a kernel writes beyond its %zu bytes of shared memory\n", shared_bytes);
+          abort();
+        }
   }
 }
 

@@ -2,7 +2,8 @@
 //
 // The kernels compile against this with an ordinary C++ compiler and run with their own index arithmetic, so that a
 // machine without a GPU can compare them with the definition. Copies that should be asynchronous land when they are
-// waited for, shared memory starts as NaN, and fibres run in either order: a barrier that is missing shows.
+// waited for, shared memory starts as NaN and ends where it should, and fibres run in either order: a barrier that is
+// missing shows.
 #pragma once
 
 #include <math.h>
