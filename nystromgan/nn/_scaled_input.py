@@ -1,4 +1,9 @@
-"""(W / sigma) x as W (x / sigma): in one step a layer's input is often far smaller than its weight."""
+"""(W / sigma) x as W (x / sigma): in one step a layer's input is often far smaller than its weight.
+
+    x' = x / sigma,  dx = dx' / sigma,  dW = dW' - <x', dx'> / sigma u v^T,  d sigma / d W = u v^T
+
+Two functions, so that a gradient of the input alone, as a gradient penalty takes, does not find the weight's too.
+"""
 
 from typing import Any
 
@@ -11,10 +16,8 @@ PLAIN = (
 )  # fmt: skip
 
 
-class ScaledInput(torch.autograd.Function):
+def scaled_input(x: Tensor, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """x, W -> x / sigma, W: what a layer that is linear in both makes W x / sigma of.
-
-        dx = dx' / sigma,  dW = dW' - <x', dx'> / sigma u v^T,   x' = x / sigma, d sigma / d W = u v^T
 
     Args:
         x: the layer's input; of the weight's dtype.
@@ -23,25 +26,43 @@ class ScaledInput(torch.autograd.Function):
 
     Differentiable to any order, with u and v as constants.
     """
+    weight, sigma = _WithSigma.apply(weight, sigma, u, v, dim)
+    return _Divide.apply(x, sigma), weight
+
+
+class _WithSigma(torch.autograd.Function):
+    """W, and sigma as a function of it: both gradients meet in one addition to the weight's."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.dim, scaled = dim, x / sigma
-        ctx.save_for_backward(scaled, weight, sigma, u, v)  # the layer keeps x' too; x would be a second copy
-        return scaled, weight.view_as(weight)
+    def forward(ctx: Any, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        ctx.dim, ctx.shape = dim, weight.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, v)
+        return weight.view_as(weight), sigma.view_as(sigma)
 
     @staticmethod
-    def backward(ctx: Any, grad_scaled: Tensor, grad_weight: Tensor) -> tuple:
-        scaled, weight, sigma, u, v = ctx.saved_tensors
-        if torch.is_grad_enabled():  # so that a second derivative sees how sigma depends on the weight
-            matrix = weight.movedim(ctx.dim, 0).flatten(1)
-            sigma = torch.ops.nystromgan.singular_value([matrix], sigma[None], torch.cat([u, v]))[0]
-        if ctx.needs_input_grad[1]:
-            along = -torch.dot(grad_scaled.flatten(), scaled.flatten()) / sigma
-            grad_weight = _add_outer(grad_weight, u * along, v, ctx.dim)
-        return grad_scaled / sigma, grad_weight, None, None, None, None
+    def backward(ctx: Any, grad_weight: Tensor | None, grad_sigma: Tensor | None) -> tuple:
+        if grad_sigma is not None:
+            u, v = ctx.saved_tensors
+            grad_weight = u.new_zeros(ctx.shape) if grad_weight is None else grad_weight
+            grad_weight = _add_outer(grad_weight, u * grad_sigma, v, ctx.dim)
+        return grad_weight, None, None, None, None
+
+
+class _Divide(torch.autograd.Function):
+    """x / sigma, which keeps the quotient: the layer does too, and x would be a second copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sigma: Tensor) -> Tensor:
+        scaled = x / sigma
+        ctx.save_for_backward(scaled, sigma)
+        return scaled
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        scaled, sigma = ctx.saved_tensors
+        along = -torch.dot(grad.flatten(), scaled.flatten()) / sigma if ctx.needs_input_grad[1] else None
+        return grad / sigma if ctx.needs_input_grad[0] else None, along
 
 
 def _add_outer(weight: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:

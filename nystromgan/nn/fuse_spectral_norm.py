@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm as LegacyHook
 
 from nystromgan.nn._pickle import make_picklable
-from nystromgan.nn._scaled_input import PLAIN, ScaledInput
+from nystromgan.nn._scaled_input import PLAIN, scaled_input
 from nystromgan.nn.spectral_norm import SpectralNorm
 from nystromgan.ops.power_iteration import power_iteration, power_iteration_step, spectral_normalize
 
@@ -204,10 +204,13 @@ def _scale(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | N
         return None
     if x.numel() > max(weight.numel(), SMALL) or torch.is_autocast_enabled("cpu"):
         return None
+    # A network's input needs no gradient; for sigma's the first layer, often the widest, would have to find it.
+    if torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad:
+        return None
     # Past nn.Module's own __setattr__, which takes longer than a division.
     step, norm.__dict__["step"] = norm.step, None
     if torch.is_grad_enabled():
-        x, weight = ScaledInput.apply(x, weight, *step, norm.dim)
+        x, weight = scaled_input(x, weight, *step, norm.dim)
     else:
         x, weight = x / step[0], weight.detach()
     norm.__dict__["ready"] = weight
