@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nystromgan.bench import compare, landmarks, machine, memory, runner, store
-from nystromgan.bench.case import DEVICES, MODES, OURS, Case
+from nystromgan.bench.case import DEVICES, MODES, OURS, PASSES, Case
 from nystromgan.bench.cases import cases
 from nystromgan.bench.plan import QUICK, THOROUGH, Allowance, Plan
 
@@ -21,7 +21,9 @@ COMPILING_S, TIMES_UNTIL_S, MEMORY_UNTIL_S = 600.0, 1800.0, 2300.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     effort = parser.add_mutually_exclusive_group()
-    effort.add_argument("--quick", action="store_true", help="fewer cases, fewer rounds, nothing compiled (default)")
+    effort.add_argument(
+        "--quick", action="store_true", help="fewer cases and rounds, no backward alone, nothing compiled (default)"
+    )
     effort.add_argument("--full", action="store_true", help="every case, also beside torch.compile")
     parser.add_argument("--op", action="append", choices=store.OPS, help="only this op; may be repeated")
     parser.add_argument("--case", default="", help="only cases whose name has this in it, others keep their record")
@@ -67,7 +69,8 @@ def _times(chosen: list[Case], folder: pathlib.Path, args: argparse.Namespace, d
     effort = THOROUGH if args.full else QUICK
     compiling = Allowance(COMPILING_S) if args.full and not args.no_compile else None
     plan = Plan(args.device, rates, effort, compiling)
-    pairs = [(case, mode) for case in chosen for mode in args.mode or MODES if mode in case.modes]
+    modes = args.mode or (MODES if args.full else PASSES)
+    pairs = [(case, mode) for case in chosen for mode in modes if mode in case.modes]
     for _ in runner.timed(pairs, plan, where, folder, steps(effort.visits * len(pairs)), deadline):
         pass
 

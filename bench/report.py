@@ -12,8 +12,8 @@ from nystromgan.bench.case import COMPILED, FULL, PASSES, TUNED
 from nystromgan.bench.sections import Section, Table
 
 START, END = "<!-- bench: written by make bench-docs -->", "<!-- /bench -->"
-README_MACHINE = "cpu-2core-sapphire-rapids"
-MODULES = store.RESULTS / README_MACHINE / "modules"
+README_MACHINE = "cpu-2core-zen4"
+MODULES = store.RESULTS / "cpu-2core-sapphire-rapids" / "modules"
 NUMBER = r"–|[\d.,e-]+[x%]?( \(noisy\))?( to [\d.,]+)?( \([\d.]+ to [\d.]+\))?"
 TITLE = "Landmark attention, measured"
 INTRODUCTION = (

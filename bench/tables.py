@@ -11,7 +11,7 @@ Row = dict[str, Any]
 LABELS = {  # rows of the README's table, by group
     "landmarks": "{N:,} tokens of 8 heads of 64, 64 landmarks",
     "maps": "exact attention of {side} x {side} maps, {C} and {E} channels",
-    "spectral norm": "spectral norm of {layers} layers",
+    "spectral norm": "W / sigma of {layers} layers, in memory",
 }
 PICTURE = "docs/images/bench.png"  # the README's plot
 NOISY = 0.1  # a ratio is noisy where its quartiles, visits or two runs of one commit lie this share of it apart
