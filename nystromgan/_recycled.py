@@ -2,8 +2,8 @@
 
 New memory comes from the system page by page, and each page is filled with zeros first. Of the 22 ms that W / sigma of
 a 20-layer discriminator (56 MB) added to its forward, that was 18; of a forward of attention over 16384 tokens (34 MB),
-6 of 30 (2 cores). glibc's heap keeps what is below 16 MiB and asks the system for the rest in every call, so the native
-library takes its outputs from here from that size on.
+6 of 30 (2 cores). glibc asks the system for 32 MiB and more in every call, and gives back what is free at its heap's
+end, so the native library takes its outputs from here from 16 MiB on.
 """
 
 import math

@@ -8,8 +8,8 @@
 
 namespace nystromgan {
 
-// `empty` of like's dtype, from 16 MiB on in memory of an earlier call (nystromgan/_recycled.py): below, glibc's heap does
-// that. A forward over 16384 tokens is 1.27 times as fast with it, fp32.
+// `empty` of like's dtype, from 16 MiB on in memory of an earlier call (nystromgan/_recycled.py). A forward over 16384
+// tokens is 1.27 times as fast with it in fp32 (32 MiB); both passes 1.02 times in bfloat16 (16 MiB).
 inline Tensor empty_recycled(const Tensor& like, const std::vector<int64_t>& shape) {
   constexpr int64_t kLeastPooled = int64_t{1} << 24;
   int64_t bytes = like.element_size();
