@@ -210,7 +210,8 @@ def _scale(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | N
     # Past nn.Module's own __setattr__, which takes longer than a division.
     step, norm.__dict__["step"] = norm.step, None
     if torch.is_grad_enabled():
-        x, weight = scaled_input(x, weight, *step, norm.dim)
+        sigma, u, v = step
+        x, weight = scaled_input(x, weight, sigma, u, v, norm.dim)
     else:
         x, weight = x / step[0], weight.detach()
     norm.__dict__["ready"] = weight
