@@ -1,7 +1,8 @@
 """The cuda stage: compute-sanitizer over the C++ kernels, and their time beside the other backends', launch by launch.
 
 Times are of CUDA graphs that are replayed, so that what Python takes does not enter. On cuda, nystrom_attention of few
-tokens is one launch and iterative_pinv of 33 to 256 rows runs in clusters; SWITCHES make the same calls the other way.
+tokens is one launch, iterative_pinv of 33 to 256 rows runs in clusters, and attention of half precision has products of
+groups of warps; SWITCHES make the same calls the other way.
 """
 
 import contextlib
@@ -26,7 +27,11 @@ Row = dict[str, Any]
 TOOLS = ("memcheck", "racecheck")
 BACKENDS = ("cuda", "triton", "reference")
 # What an op may take: 0 never, 2 also where it does not by itself.
-SWITCHES = {"nystrom_attention": ("single_launch=0", "single_launch=2"), "iterative_pinv": ("clusters=0",)}
+SWITCHES = {
+    "nystrom_attention": ("single_launch=0", "single_launch=2", "groups=0"),
+    "iterative_pinv": ("clusters=0",),
+    "spatiotemporal_attention": ("groups=0", "groups=2"),
+}
 REPLAYS, REPEATS = 20, 9
 
 

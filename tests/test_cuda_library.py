@@ -87,7 +87,7 @@ def test_every_entry_point_is_registered() -> None:
 
 
 @built
-@pytest.mark.parametrize("path", ["single_launch", "clusters"])
+@pytest.mark.parametrize("path", ["single_launch", "clusters", "groups"])
 def test_a_path_can_be_turned_off(path: str) -> None:
     """For measurements beside the other one."""
     getattr(ctypes.CDLL(str(FOLDER / _native.CUDA_LIBRARY)), f"nystromgan_cuda_allow_{path}")(1)

@@ -84,6 +84,49 @@ DEVICE void write_gradient(const AttendGradient& p, const Place& place, Fragment
   }
 }
 
+// What a gradient takes of its queries: their logarithms of sums and delta.
+struct QueryTerms {
+  const float *logsumexp, *delta;  // of one head
+  float lift;
+
+  DEVICE float lse_log2(int query) const { return logsumexp[query] * kLog2e - lift; }
+};
+
+// Of queries that a lane owns: those of its two rows, infinity where there is no query.
+struct RowTerms {
+  float lse[2] = {INFINITY, INFINITY}, delta[2] = {0.0f, 0.0f};
+
+  DEVICE void read(const QueryTerms& terms, int row, int rows) {
+    UNROLL
+    for (int h = 0; h < 2; ++h)
+      if (row + 8 * h < rows) lse[h] = terms.lse_log2(row + 8 * h), delta[h] = terms.delta[row + 8 * h];
+  }
+};
+
+// From logits and dP to weights P and P (dP - delta), zero for others that are masked or at `end` and beyond; the queries
+// are the others with OF_KEYS and the rows without.
+template <bool OF_KEYS, int COUNT>
+DEVICE void weigh(Fragment (&c)[COUNT], Fragment (&grad)[COUNT], const QueryTerms& terms, const RowTerms& rows,
+                  float scale_log2, int first_other, int end, const uint8_t* mask) {
+  UNROLL
+  for (int j = 0; j < COUNT; ++j) {
+    UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const int other = first_other + 8 * j + 2 * (lane_index() % 4) + i;
+      const bool inside = other < end && !(mask && mask[other]);
+      const float lse = OF_KEYS && inside ? terms.lse_log2(other) : INFINITY;
+      const float delta = OF_KEYS && inside ? terms.delta[other] : 0.0f;
+      UNROLL
+      for (int h = 0; h < 2; ++h) {
+        const float weight = exp2_of(c[j].x[2 * h + i] * scale_log2 - (OF_KEYS ? lse : rows.lse[h]));
+        c[j].x[2 * h + i] = inside ? weight : 0.0f;
+        const float difference = grad[j].x[2 * h + i] - (OF_KEYS ? delta : rows.delta[h]);
+        grad[j].x[2 * h + i] = inside ? weight * difference : 0.0f;
+      }
+    }
+  }
+}
+
 template <class T, GradientOf OF, int CHANNELS, int STEP, bool CHANNEL_MAJOR>
 DEVICE void attend_gradient(const AttendGradient& p) {
   constexpr bool kOfKeys = OF == GradientOf::key_value, kOfStats = OF == GradientOf::stats;
@@ -102,8 +145,8 @@ DEVICE void attend_gradient(const AttendGradient& p) {
   const Head<T> other_seconds = head_of<T>(p.other_second, place.batch, place.head, place.end_other, sizes.value_dim);
   const uint8_t* mask = p.mask ? p.mask + place.batch * (kOfKeys ? sizes.rows : sizes.others) : nullptr;
   const uint8_t *row_mask = kOfKeys ? mask : nullptr, *other_mask = kOfKeys ? nullptr : mask;
-  const float* logsumexp = p.logsumexp + place.batch_head * (kOfKeys ? sizes.others : sizes.rows);
-  const float* delta = p.delta + place.batch_head * (kOfKeys ? sizes.others : sizes.rows);
+  const int64_t first_query = place.batch_head * (kOfKeys ? sizes.others : sizes.rows);
+  const QueryTerms terms{p.logsumexp + first_query, p.delta + first_query, p.lift};
   const int steps = ceil_div(place.end_other - place.first_other, STEP);
   auto first_tile = [&](int step) { return Others{s + step % sizes.stages * stage_elements, dim}; };
   auto second_tile = [&](int step) { return Others{first_tile(step).data + Others::elements(dim), value_dim}; };
@@ -121,13 +164,8 @@ DEVICE void attend_gradient(const AttendGradient& p) {
     copy_tile(second, seconds, block_row, row_mask);
     const bool here = row_step > 0 && steps <= sizes.stages;  // all others are, from the rows before
     const int row = block_row + own_row + g;
-    float row_lse[2] = {INFINITY, INFINITY}, row_delta[2] = {0.0f, 0.0f};
-    if constexpr (OF == GradientOf::query) {
-      UNROLL
-      for (int h = 0; h < 2; ++h)
-        if (row + 8 * h < sizes.rows)
-          row_lse[h] = logsumexp[row + 8 * h] * kLog2e - p.lift, row_delta[h] = delta[row + 8 * h];
-    }
+    RowTerms row_terms;
+    if constexpr (OF == GradientOf::query) row_terms.read(terms, row, sizes.rows);
     Statistics<STEP / 8> statistics;
     Fragment grad_first[CHANNELS / 8], grad_second[CHANNELS / 8];
     clear(grad_first);
@@ -147,23 +185,7 @@ DEVICE void attend_gradient(const AttendGradient& p) {
           mask_logits<STEP>(c, sizes.scale_log2, first_other, place.end_other, other_mask);
           statistics.update(c, grad);
         } else {
-          UNROLL
-          for (int j = 0; j < STEP / 8; ++j) {
-            UNROLL
-            for (int i = 0; i < 2; ++i) {
-              const int other = first_other + 8 * j + 2 * t + i;
-              const bool inside = other < place.end_other && !(other_mask && other_mask[other]);
-              const float lse = kOfKeys && inside ? logsumexp[other] * kLog2e - p.lift : INFINITY;
-              const float other_delta = kOfKeys && inside ? delta[other] : 0.0f;
-              UNROLL
-              for (int h = 0; h < 2; ++h) {
-                const float weight = exp2_of(c[j].x[2 * h + i] * sizes.scale_log2 - (kOfKeys ? lse : row_lse[h]));
-                c[j].x[2 * h + i] = inside ? weight : 0.0f;
-                const float difference = grad[j].x[2 * h + i] - (kOfKeys ? other_delta : row_delta[h]);
-                grad[j].x[2 * h + i] = inside ? weight * difference : 0.0f;
-              }
-            }
-          }
+          weigh<kOfKeys>(c, grad, terms, row_terms, sizes.scale_log2, first_other, place.end_other, other_mask);
           const int first_channel = place.slice * CHANNELS;
           if constexpr (kOfKeys) add_weighted<CHANNELS>(grad_second, c, second_tile(step), first_channel);
           add_weighted<CHANNELS>(grad_first, grad, first_tile(step), first_channel);

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "attend_groups_launch.h"
+
 #define DECLARE_PASSES(dtype, channels, major)                                                   \
   DECLARE_KERNEL(attend_forward_##dtype##_##channels##_##major, attend_forward_##dtype##_##channels##_##major)       \
   DECLARE_KERNEL(attend_query_##dtype##_##channels##_##major, attend_query_##dtype##_##channels##_##major)           \
@@ -22,8 +24,6 @@ DECLARE_KERNEL(attend_small, attend_total)
 
 namespace nystromgan {
 namespace {
-
-int64_t ceil_of(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 
 // One kernel's tiles: channels of a result, tokens that come by at a time, rows of a block.
 struct Tiles {
@@ -61,18 +61,6 @@ int64_t tile_bytes(const Tiles& tiles, bool maps, int64_t tokens, int64_t channe
   return tiles.bytes * (maps ? padded * (tokens + pad) : tokens * (padded + pad));
 }
 
-AttendSizes sizes_of(const AttendShape& shape, const Tiles& tiles, int64_t slices) {
-  AttendSizes sizes{};
-  sizes.heads = static_cast<int>(shape.heads), sizes.rows = static_cast<int>(shape.rows);
-  sizes.others = static_cast<int>(shape.others), sizes.dim = static_cast<int>(shape.dim);
-  sizes.value_dim = static_cast<int>(shape.value_dim), sizes.row_steps = static_cast<int>(shape.row_steps);
-  sizes.row_groups = static_cast<int>(ceil_of(shape.rows, tiles.rows * shape.row_steps));
-  sizes.slices = static_cast<int>(slices), sizes.splits = static_cast<int>(shape.splits);
-  sizes.split_others = static_cast<int>(shape.splits > 1 ? shape.split_others : shape.others);
-  sizes.scale_log2 = static_cast<float>(shape.scale * 1.4426950408889634);
-  return sizes;
-}
-
 // With two stages of what comes by where shared memory has room.
 template <class Problem>
 void launch_pass(const Tensor& on, const Tiles& tiles, const AttendShape& shape, int64_t own, int64_t stage, Problem& problem) {
@@ -94,6 +82,18 @@ bool reads_wide(const Operand& x, int64_t bytes) {
 
 }  // namespace
 
+AttendSizes sizes_of(const AttendShape& shape, int64_t block_rows, int64_t slices) {
+  AttendSizes sizes{};
+  sizes.heads = static_cast<int>(shape.heads), sizes.rows = static_cast<int>(shape.rows);
+  sizes.others = static_cast<int>(shape.others), sizes.dim = static_cast<int>(shape.dim);
+  sizes.value_dim = static_cast<int>(shape.value_dim), sizes.row_steps = static_cast<int>(shape.row_steps);
+  sizes.row_groups = static_cast<int>(ceil_of(shape.rows, block_rows * shape.row_steps));
+  sizes.slices = static_cast<int>(slices), sizes.splits = static_cast<int>(shape.splits);
+  sizes.split_others = static_cast<int>(shape.splits > 1 ? shape.split_others : shape.others);
+  sizes.scale_log2 = static_cast<float>(shape.scale * 1.4426950408889634);
+  return sizes;
+}
+
 Operand operand_of(const Tensor& x, int token_axis) {
   Operand operand{const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(token_axis),
                   x.stride(5 - token_axis), false};
@@ -102,8 +102,9 @@ Operand operand_of(const Tensor& x, int token_axis) {
 }
 
 void launch_attend(const Tensor& on, Dtype dtype, bool channel_major, const AttendShape& shape, AttendForward problem) {
+  if (launch_attend_groups(on, dtype, channel_major, shape, problem)) return;
   const Tiles tiles = tiles_of(Pass::forward, dtype, channel_major, shape.value_dim);
-  problem.sizes = sizes_of(shape, tiles, ceil_of(shape.value_dim, tiles.channels));
+  problem.sizes = sizes_of(shape, tiles.rows, ceil_of(shape.value_dim, tiles.channels));
   for (Operand* x : {&problem.query, &problem.key, &problem.value}) x->wide &= (channel_major ? x->token : x->channel) == 1;
   const int64_t value_tile = std::min(shape.value_dim, tiles.channels);
   launch_pass(on, tiles, shape, tile_bytes(tiles, channel_major, tiles.rows, shape.dim),
@@ -114,14 +115,15 @@ void launch_attend(const Tensor& on, Dtype dtype, bool channel_major, const Atte
 
 void launch_attend_gradient(const Tensor& on, Dtype dtype, bool channel_major, GradientOf of, const AttendShape& shape,
                             AttendGradient problem) {
+  problem.scale = static_cast<float>(shape.scale);
+  if (channel_major && launch_attend_groups_gradient(on, dtype, of, shape, problem)) return;
   const bool of_keys = of == GradientOf::key_value, of_stats = of == GradientOf::stats;
   const int64_t widest = of_keys ? std::max(shape.dim, shape.value_dim) : shape.dim;
   const Tiles tiles = of_stats ? stats_tiles(dtype)
                                : tiles_of(of_keys ? Pass::key_value : Pass::query, dtype, channel_major, widest);
-  problem.sizes = sizes_of(shape, tiles, of_stats ? 1 : ceil_of(widest, tiles.channels));
+  problem.sizes = sizes_of(shape, tiles.rows, of_stats ? 1 : ceil_of(widest, tiles.channels));
   for (Operand* x : {&problem.first, &problem.second, &problem.other_first, &problem.other_second})
     x->wide &= (channel_major ? x->token : x->channel) == 1;
-  problem.scale = static_cast<float>(shape.scale);
   auto pair = [&](int64_t tokens) {
     return tile_bytes(tiles, channel_major, tokens, shape.dim) + tile_bytes(tiles, channel_major, tokens, shape.value_dim);
   };

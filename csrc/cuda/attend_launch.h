@@ -18,6 +18,8 @@ struct AttendShape {
   int64_t splits = 1, split_others = 0, row_steps = 1;
 };
 
+AttendSizes sizes_of(const AttendShape& shape, int64_t block_rows, int64_t slices);
+
 void launch_attend(const Tensor& on, Dtype dtype, bool channel_major, const AttendShape& shape, AttendForward problem);
 
 void launch_attend_gradient(const Tensor& on, Dtype dtype, bool channel_major, GradientOf of, const AttendShape& shape,

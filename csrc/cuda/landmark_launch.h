@@ -6,8 +6,6 @@
 
 namespace nystromgan {
 
-inline int64_t ceil_of(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
-
 // Tokens of one of the splits that share a head: 32 of them, of a power of two. Only the number of tokens enters, so that a
 // row's bits do not depend on what else is in the batch.
 int64_t split_tokens(int64_t count);

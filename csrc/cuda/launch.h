@@ -12,8 +12,11 @@
 #include <vector>
 
 #include "../common/binding.h"
+#include "tensor_map.h"
 
 namespace nystromgan {
+
+inline int64_t ceil_of(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
 
 struct Kernel {
   const char* image;  // the .cu file that it is compiled from
@@ -38,6 +41,21 @@ int64_t resident_blocks(const Kernel& kernel, int threads, size_t shared_bytes, 
 // Whether the device of `on` runs a kernel in clusters of up to eight blocks with so many bytes of shared memory each, and
 // the kernel was compiled for that: sm_90a's was.
 bool has_clusters(const Kernel& kernel, size_t shared_bytes, const Tensor& on);
+
+// How many threads a block of a kernel may have on the device of `on`.
+int64_t most_threads(const Kernel& kernel, const Tensor& on);
+
+int64_t multiprocessors(const Tensor& on);
+
+// A tensor (B, H, rows, columns) of two bytes an element whose columns are side by side; strides in elements.
+struct MapOf {
+  const void* data;
+  int64_t columns, rows, heads, batch;
+  int64_t row_stride, head_stride, batch_stride;
+  int64_t box_rows;
+};
+// Whether the copy engine can bring boxes of it, 64 columns wide; if so `map` is filled in.
+bool make_tensor_map(TensorMap* map, const MapOf& x, Dtype dtype, const Tensor& on);
 
 // Bytes of shared memory that one block may take on the device of `on`.
 size_t shared_limit(const Tensor& on);

@@ -18,8 +18,6 @@ using Tensors = std::vector<Tensor>;
 constexpr int64_t kLeastItemRows = 16, kMostItems = 128;  // of a weight: each item's share is written and read once
 constexpr size_t kSharedBytes = (kMostItemRows + kPowerThreads / 32) * sizeof(float);
 
-int64_t ceil_of(int64_t n, int64_t divisor) { return (n + divisor - 1) / divisor; }
-
 int64_t item_rows(int64_t rows) { return std::max(kLeastItemRows, ceil_of(rows, kMostItems)); }
 
 bool reads_wide(const Tensor& x) {

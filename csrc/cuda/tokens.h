@@ -13,7 +13,9 @@ DEVICE int padded_channels(int channels) { return ceil_div(channels, kChannelSte
 // TOKENS tokens; rows are 16 bytes longer than they need to be, so that eight of them lie in different banks.
 template <class T, int TOKENS, bool CHANNEL_MAJOR>
 struct Tile {
-  static constexpr int kPad = 16 / sizeof(T);
+  using Element = T;
+  static constexpr int kTokens = TOKENS, kPad = 16 / sizeof(T);
+  static constexpr bool kChannelMajor = CHANNEL_MAJOR;
   T* data;
   int channels;  // padded
 
@@ -21,6 +23,7 @@ struct Tile {
   DEVICE static int elements(int channels) {
     return CHANNEL_MAJOR ? channels * (TOKENS + kPad) : TOKENS * (channels + kPad);
   }
+  DEVICE T* at(int row, int column) const { return data + row * stride() + column; }
   // As the left operand: tokens are rows, channels the depth.
   DEVICE Left<T> left(int token, int channel) const { return left_at<!CHANNEL_MAJOR>(data, stride(), token, channel); }
   // As the right operand of logits: tokens are columns, channels the depth.
@@ -50,31 +53,38 @@ DEVICE Head<T> head_of(const Operand& x, int64_t batch, int64_t head, int tokens
 
 // Fills a tile from token `first` on, with zeros beyond the tokens and channels and where `mask` is set, which may hold
 // anything. Copies 16 bytes at a time where the head allows, and is done when copies are waited for and the block meets.
-template <class T, int TOKENS, bool CHANNEL_MAJOR>
-DEVICE void copy_tile(const Tile<T, TOKENS, CHANNEL_MAJOR>& tile, const Head<T>& x, int first, const uint8_t* mask) {
+template <class Tile, class T = typename Tile::Element>
+DEVICE void copy_tile(const Tile& tile, const Head<T>& x, int first, const uint8_t* mask, int thread, int threads) {
+  constexpr bool kChannelMajor = Tile::kChannelMajor;
   constexpr int kChunk = 16 / sizeof(T);
-  const int lane = thread_index() % 8, group = thread_index() / 8, groups = num_threads() / 8;
-  const int rows = CHANNEL_MAJOR ? tile.channels : TOKENS, columns = CHANNEL_MAJOR ? TOKENS : tile.channels;
-  const int row_end = CHANNEL_MAJOR ? x.channels : x.tokens - first;  // of what there is
-  const int column_end = CHANNEL_MAJOR ? x.tokens - first : x.channels;
-  const int64_t row_stride = CHANNEL_MAJOR ? x.channel : x.token, column_stride = CHANNEL_MAJOR ? x.token : x.channel;
+  const int lane = thread % 8, group = thread / 8, groups = threads / 8;
+  const int rows = kChannelMajor ? tile.channels : Tile::kTokens, columns = kChannelMajor ? Tile::kTokens : tile.channels;
+  const int row_end = kChannelMajor ? x.channels : x.tokens - first;  // of what there is
+  const int column_end = kChannelMajor ? x.tokens - first : x.channels;
+  const int64_t row_stride = kChannelMajor ? x.channel : x.token, column_stride = kChannelMajor ? x.token : x.channel;
   const T* start = x.data + first * x.token;
-  if (x.wide && !(CHANNEL_MAJOR && mask)) {
+  if (x.wide && !(kChannelMajor && mask)) {
     for (int row = group; row < rows; row += groups) {
       const bool inside = row < row_end && !(mask && mask[first + row]);
       for (int column = lane * kChunk; column < columns; column += 8 * kChunk) {
         const int left = inside && column < column_end ? minimum(column_end - column, kChunk) : 0;
         const T* source = left ? start + row * row_stride + column : x.data;
-        copy_async(tile.data + row * tile.stride() + column, source, left * static_cast<int>(sizeof(T)));
+        copy_async(tile.at(row, column), source, left * static_cast<int>(sizeof(T)));
       }
     }
     return;
   }
   for (int row = group; row < rows; row += groups)
     for (int column = lane; column < columns; column += 8) {
-      const bool inside = row < row_end && column < column_end && !(mask && mask[first + (CHANNEL_MAJOR ? column : row)]);
-      tile.data[row * tile.stride() + column] = inside ? start[row * row_stride + column * column_stride] : T{};
+      const bool inside = row < row_end && column < column_end && !(mask && mask[first + (kChannelMajor ? column : row)]);
+      *tile.at(row, column) = inside ? start[row * row_stride + column * column_stride] : T{};
     }
+}
+
+// By all threads of the block.
+template <class Tile, class T = typename Tile::Element>
+DEVICE void copy_tile(const Tile& tile, const Head<T>& x, int first, const uint8_t* mask) {
+  copy_tile(tile, x, first, mask, thread_index(), num_threads());
 }
 
 // c = rows [row, row + 16) of `left` against all tokens of `right`, over their channels.

@@ -19,6 +19,7 @@ from torch import Tensor
 from nystromgan import _env, _native, iterative_pinv, nystrom_attention, power_iteration, spatiotemporal_attention
 from nystromgan.ops.nystrom_attention import library
 from nystromgan.ops.power_iteration import spectral_normalize
+from nystromgan.ops.spatiotemporal_attention import reference as maps_reference
 from nystromgan.testing import (
     TOLERANCES,
     assert_matches_reference,
@@ -64,9 +65,9 @@ else:
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
     def allow(path: str, allowed: int) -> None:
-        """Whether the library may take the path "single_launch" or "clusters" where it applies; it may at first.
+        """Whether the library may take the path "single_launch", "clusters" or "groups" where it applies; it may at first.
 
-        2 allows the single launch for any number of tokens.
+        2 allows the single launch for any number of tokens, and groups where threads must copy.
         """
         getattr(ctypes.CDLL(str(FOLDER / _native.CPU_LIBRARY)), f"nystromgan_cuda_allow_{path}")(int(allowed))
 
@@ -171,8 +172,16 @@ else:
         ((7, 11), (3, 3), 24, 40, 2),
         ((67,), (33,), 32, 128, 1),
         ((40,), (70,), 70, 200, 1),
+        ((20, 10), (13, 10), 8, 64, 1),
     )
 
+    @pytest.fixture(params=["groups of warps", "warps"])
+    def products(request: pytest.FixtureRequest) -> Iterator[str]:
+        allow("groups", 2 if request.param == "groups of warps" else 0)
+        yield request.param
+        allow("groups", 1)
+
+    @pytest.mark.usefixtures("products")
     class TestSpatiotemporalAttention:
         @pytest.mark.parametrize("dtype", DTYPES)
         @pytest.mark.parametrize(("grid", "key_grid", "channels", "values", "heads"), MAPS)
@@ -180,9 +189,26 @@ else:
             inputs = map_inputs(1, channels, grid, key_grid, values, dtype=dtype)
             assert_matches_reference(spatiotemporal_attention, inputs, BACKEND, num_heads=heads)
 
-        def test_aligned_maps_are_copied_16_bytes_at_once(self) -> None:
-            inputs = map_inputs(1, 16, (8, 16), None, 64, dtype=torch.bfloat16)
-            assert_matches_reference(spatiotemporal_attention, inputs, BACKEND)
+        @pytest.mark.parametrize("dtype", DTYPES)
+        @pytest.mark.parametrize(
+            ("grid", "key_grid", "channels", "values", "heads"),
+            [((8, 16), None, 16, 64, 1), ((9, 8), (5, 64), 40, 136, 2), ((200,), (8,), 32, 128, 1)],
+        )
+        def test_aligned_maps_are_copied_at_once(self, grid, key_grid, channels, values, heads, dtype) -> None:
+            inputs = map_inputs(2, channels, grid, key_grid, values, dtype=dtype)
+            assert_matches_reference(spatiotemporal_attention, inputs, BACKEND, num_heads=heads)
+
+        def test_masked_keys_of_maps(self) -> None:
+            """By the op under the public function; what is masked is NaN, and a row of the batch has no key at all."""
+            query, key, value = map_inputs(2, 8, (40,), (72,), 24, dtype=torch.bfloat16).values()
+            mask = padding_mask([50, 0], 72, scattered=True)
+            key, value = (x.masked_fill(mask[:, None], torch.nan) for x in (key, value))
+            maps = [x[:, None] for x in (query, key, value)]
+            exact = maps_reference.spatiotemporal_attention(*(x.double() for x in maps), mask, None, None, 0.3)
+            native = torch.ops.nystromgan.spatiotemporal_attention_native
+            output, _, lse = native(*maps, mask, None, None, 0.3, False, True)
+            assert relative_error(output, exact) < TOLERANCES[torch.bfloat16].output
+            assert torch.isinf(lse[1]).all()
 
         def test_gamma_and_residual(self) -> None:
             inputs = map_inputs(2, 6, (4, 5), None, 4)
@@ -204,6 +230,23 @@ else:
         def test_the_order_of_threads_does_not_matter(self, monkeypatch: pytest.MonkeyPatch) -> None:
             function = functools.partial(spatiotemporal_attention, backend=BACKEND)
             assert_same_in_any_order(monkeypatch, function, map_inputs(1, 8, (8, 10), None, 8, dtype=torch.bfloat16))
+
+    def test_products_of_groups_are_others_than_those_of_warps() -> None:
+        """Or one path ran twice: where the copy engine can bring everything, and only there unless all is allowed."""
+
+        def outputs(tokens: int) -> list[Tensor]:
+            inputs = map_inputs(1, 32, (tokens,), (40,), 128, dtype=torch.bfloat16)
+            results = []
+            for allowed in (0, 1, 2):
+                allow("groups", allowed)
+                results.append(spatiotemporal_attention(**inputs, backend=BACKEND))
+            allow("groups", 1)
+            return results
+
+        warps, default, everywhere = outputs(64)
+        assert torch.equal(default, everywhere) and not torch.equal(default, warps)
+        warps, default, everywhere = outputs(67)
+        assert torch.equal(default, warps) and not torch.equal(everywhere, warps)
 
     def given(dtype: torch.dtype) -> dict[str, Tensor]:
         return {
@@ -273,11 +316,13 @@ else:
     }
     EACH = [(case, dtype) for case, (_, _, dtypes) in NYSTROM.items() for dtype in dtypes]
 
-    @pytest.fixture(params=["one launch", "many launches"])
+    @pytest.fixture(params=["one launch", "many launches", "groups of warps"])
     def launches(request: pytest.FixtureRequest) -> Iterator[str]:
         allow("single_launch", request.param == "one launch")
+        allow("groups", 2 if request.param == "groups of warps" else 0)
         yield request.param
-        allow("single_launch", True)
+        allow("single_launch", 1)
+        allow("groups", 1)
 
     @pytest.mark.usefixtures("launches")
     class TestNystromAttention:

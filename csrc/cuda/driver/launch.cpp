@@ -26,7 +26,7 @@ struct Driver {
 #define NYSTROMGAN_DRIVER(X)                                                                                     \
   X(cuInit) X(cuGetErrorString) X(cuDeviceGet) X(cuDeviceGetCount) X(cuDeviceGetName) X(cuDeviceGetAttribute)    \
   X(cuLibraryLoadData) X(cuLibraryGetKernel) X(cuKernelSetAttribute) X(cuKernelGetFunction) X(cuLaunchKernelEx)  \
-  X(cuKernelGetAttribute)                                                                                        \
+  X(cuKernelGetAttribute) X(cuTensorMapEncodeTiled)                                                                                        \
   X(cuOccupancyMaxActiveBlocksPerMultiprocessor) X(cuDevicePrimaryCtxRetain) X(cuCtxPushCurrent) X(cuCtxPopCurrent)
 #define NYSTROMGAN_POINTER(function) decltype(&::function) function = nullptr;
   NYSTROMGAN_DRIVER(NYSTROMGAN_POINTER)
@@ -172,19 +172,53 @@ int64_t resident_blocks(const Kernel& kernel, int threads, size_t shared_bytes, 
   driver().check(
       driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function_of(kernel, index), threads, shared_bytes),
       kernel.name);
-  return int64_t{blocks} * driver().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, index);
+  return int64_t{blocks} * multiprocessors(on);
 }
 
-bool has_clusters(const Kernel& kernel, size_t shared_bytes, const Tensor& on) {
-  const int index = on.get_device_index();
-  if (shared_bytes > shared_limit(on) || !driver().attribute(CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, index)) return false;
+namespace {
+
+int attribute_of(const Kernel& kernel, CUfunction_attribute name, int index) {
   const OnDevice guard(index);
   const CUkernel handle = reinterpret_cast<CUkernel>(function_of(kernel, index));
   CUdevice device;
   driver().check(driver().cuDeviceGet(&device, index), "no such device");
-  int version = 0;  // of the code that the driver chose: on a later device it may be that of sm_80, made for it anew
-  driver().check(driver().cuKernelGetAttribute(&version, CU_FUNC_ATTRIBUTE_PTX_VERSION, handle, device), kernel.name);
-  return version >= 90;
+  int value = 0;
+  driver().check(driver().cuKernelGetAttribute(&value, name, handle, device), kernel.name);
+  return value;
+}
+
+}  // namespace
+
+bool has_clusters(const Kernel& kernel, size_t shared_bytes, const Tensor& on) {
+  const int index = on.get_device_index();
+  if (shared_bytes > shared_limit(on) || !driver().attribute(CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, index)) return false;
+  // Of the code that the driver chose: on a later device it may be that of sm_80, made for it anew.
+  return attribute_of(kernel, CU_FUNC_ATTRIBUTE_PTX_VERSION, index) >= 90;
+}
+
+int64_t most_threads(const Kernel& kernel, const Tensor& on) {
+  return attribute_of(kernel, CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK, on.get_device_index());
+}
+
+int64_t multiprocessors(const Tensor& on) {
+  return driver().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, on.get_device_index());
+}
+
+bool make_tensor_map(TensorMap* map, const MapOf& x, Dtype dtype, const Tensor& on) {
+  static_assert(sizeof(CUtensorMap) == sizeof map->opaque && alignof(TensorMap) >= alignof(CUtensorMap));
+  auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  // An axis of one has any stride, which must be a multiple of 16 bytes and more than the one before all the same.
+  const cuuint64_t row = size(2 * x.row_stride);
+  const cuuint64_t head = x.heads == 1 ? row * size(x.rows) : size(2 * x.head_stride);
+  const cuuint64_t batch = x.batch == 1 ? head * size(x.heads) : size(2 * x.batch_stride);
+  const cuuint64_t sizes[] = {size(x.columns), size(x.rows), size(x.heads), size(x.batch)}, strides[] = {row, head, batch};
+  const cuuint32_t box[] = {64, static_cast<cuuint32_t>(x.box_rows), 1, 1}, steps[] = {1, 1, 1, 1};
+  const OnDevice guard(on.get_device_index());
+  return driver().cuTensorMapEncodeTiled(
+             reinterpret_cast<CUtensorMap*>(map->opaque),
+             dtype == Dtype::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+             const_cast<void*>(x.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 size_t shared_limit(const Tensor& on) {

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -34,8 +35,15 @@ struct Barrier {
   int expected = 0, arrived = 0, generation = 0;
 };
 
+struct PhaseBarrier {
+  int expected = 0, arrived = 0, phase = 0;
+  int64_t bytes_to_come = 0;
+  std::vector<Copy> copies;
+};
+
 struct Block {
   std::vector<char> shared;
+  std::map<uint64_t*, PhaseBarrier> phase_barriers;
   std::vector<Warp> warps;
   Barrier barrier;
 };
@@ -186,6 +194,54 @@ void wait_copies(int pending) {
       if (copy.bytes) memcpy(copy.target, copy.source, copy.bytes);
       memset(copy.target + copy.bytes, 0, copy.zeros);
     }
+}
+
+namespace {
+
+PhaseBarrier& phase_barrier(uint64_t* barrier) {
+  const auto found = current->block->phase_barriers.find(barrier);
+  if (found == current->block->phase_barriers.end()) {
+    fprintf(stderr, "emulation: a kernel uses a barrier that has not been started\n");
+    abort();
+  }
+  return found->second;
+}
+
+void end_phase_if_complete(PhaseBarrier& barrier) {
+  if (barrier.arrived < barrier.expected || barrier.bytes_to_come != 0) return;
+  barrier.arrived = 0;
+  barrier.phase ^= 1;
+  idle_turns = 0;
+}
+
+}  // namespace
+
+void start_barrier(uint64_t* barrier, int arrivals) { current->block->phase_barriers[barrier] = {arrivals, 0, 0, 0, {}}; }
+
+void arrive(uint64_t* barrier, int bytes_to_come) {
+  PhaseBarrier& b = phase_barrier(barrier);
+  ++b.arrived;
+  b.bytes_to_come += bytes_to_come;
+  idle_turns = 0;
+  end_phase_if_complete(b);
+}
+
+void wait_for(uint64_t* barrier, int phase) {
+  PhaseBarrier& b = phase_barrier(barrier);
+  while (b.phase == phase) {
+    for (const Copy& copy : b.copies) {
+      if (copy.bytes) memcpy(copy.target, copy.source, copy.bytes);
+      memset(copy.target + copy.bytes, 0, copy.zeros);
+      b.bytes_to_come -= copy.bytes + copy.zeros;
+    }
+    b.copies.clear();
+    end_phase_if_complete(b);
+    if (b.phase == phase) yield();
+  }
+}
+
+void land_later(uint64_t* barrier, void* target, const void* source, int bytes, int zeros) {
+  phase_barrier(barrier).copies.push_back({static_cast<char*>(target), static_cast<const char*>(source), bytes, zeros});
 }
 
 void run(void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, size_t shared_bytes,

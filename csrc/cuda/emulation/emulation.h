@@ -39,6 +39,13 @@ void copy_later(void* target, const void* source, int bytes, int zeros);
 void commit_copies();
 void wait_copies(int pending);
 
+// A barrier in shared memory, of so many arrivals a phase, and of the bytes that they expect.
+void start_barrier(uint64_t* barrier, int arrivals);
+void arrive(uint64_t* barrier, int bytes_to_come);
+void wait_for(uint64_t* barrier, int phase);
+// A copy that lands when its barrier is waited for.
+void land_later(uint64_t* barrier, void* target, const void* source, int bytes, int zeros);
+
 // Runs `kernel` for every block, one after the other, a cluster at once, or all at once where it is cooperative.
 void run(void (*kernel)(const void*), const void* parameters, unsigned blocks, unsigned threads, size_t shared_bytes,
          bool cooperative, unsigned cluster);
