@@ -65,7 +65,7 @@ else:
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
     def allow(path: str, allowed: int) -> None:
-        """Whether the library may take the path "single_launch", "clusters" or "groups" where it applies; it may at first.
+        """Whether the library may take "single_launch", "clusters" or "groups" where they apply; it may at first.
 
         2 allows the single launch for any number of tokens, and groups where threads must copy.
         """
@@ -210,9 +210,10 @@ else:
             assert relative_error(output, exact) < TOLERANCES[torch.bfloat16].output
             assert torch.isinf(lse[1]).all()
 
-        def test_gamma_and_residual(self) -> None:
-            inputs = map_inputs(2, 6, (4, 5), None, 4)
-            inputs |= {"gamma": normal(1), "residual": normal(2, 4, 4, 5, seed=7)}
+        @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+        def test_gamma_and_residual(self, dtype: torch.dtype) -> None:
+            inputs = map_inputs(2, 6, (4, 6), None, 4, dtype=dtype)
+            inputs |= {"gamma": normal(1), "residual": normal(2, 4, 4, 6, seed=7, dtype=dtype)}
             assert_matches_reference(spatiotemporal_attention, inputs, BACKEND)
 
         @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -244,9 +245,11 @@ else:
             return results
 
         warps, default, everywhere = outputs(64)
-        assert torch.equal(default, everywhere) and not torch.equal(default, warps)
+        assert torch.equal(default, everywhere)
+        assert not torch.equal(default, warps)
         warps, default, everywhere = outputs(67)
-        assert torch.equal(default, warps) and not torch.equal(everywhere, warps)
+        assert torch.equal(default, warps)
+        assert not torch.equal(everywhere, warps)
 
     def given(dtype: torch.dtype) -> dict[str, Tensor]:
         return {
