@@ -32,7 +32,7 @@ OPS = {
     "nystrom_attention": ("nystrom_attention", "nystrom_attention_backward", "cluster_landmarks"),
     "iterative_pinv": ("iterative_pinv", "iterative_pinv_backward"),
     "spatiotemporal_attention": ("spatiotemporal_attention", "spatiotemporal_attention_backward"),
-    "power_iteration": ("power_iteration", "spectral_normalize"),
+    "power_iteration": ("power_iteration", "spectral_normalize", "spectral_normalize_backward"),
 }
 built = pytest.mark.skipif(not (FOLDER / _native.CUDA_LIBRARY).exists(), reason="the CUDA library is not built")
 

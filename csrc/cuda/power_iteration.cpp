@@ -9,6 +9,8 @@
 
 DECLARE_KERNEL(power_iteration, power_iteration_steps)
 DECLARE_KERNEL(power_iteration, spectral_normalize_all)
+DECLARE_KERNEL(power_iteration, spectral_normalize_dots)
+DECLARE_KERNEL(power_iteration, spectral_normalize_gradient)
 
 namespace nystromgan {
 namespace {
@@ -90,11 +92,38 @@ void normalize(Tensors weights, Tensor sigma, Tensors outputs) {
   }
 }
 
+// Two launches for up to kMostWeights; all matrices are contiguous.
+void normalize_backward(Tensors grad_outputs, Tensors outputs, Tensor sigma, Tensor uv, Tensors grad_weights) {
+  int64_t u_offset = 0, v_offset = 0;
+  for (const Tensor& output : outputs) v_offset += output.size(0);
+  for (size_t first = 0; first < outputs.size(); first += kMostWeights) {
+    const auto problem = std::make_unique<NormalizeGradient>();
+    problem->sigma = sigma.const_data_ptr<float>(), problem->uv = uv.const_data_ptr<float>();
+    problem->count = static_cast<int>(std::min<size_t>(kMostWeights, outputs.size() - first));
+    int64_t blocks = 0;
+    for (int i = 0; i < problem->count; ++i) {
+      const Tensor &grad = grad_outputs[first + i], &output = outputs[first + i];
+      STD_TORCH_CHECK(grad.is_contiguous() && output.is_contiguous(), "gradients must be contiguous");
+      const int64_t rows = output.size(0), columns = output.size(1);
+      problem->weights[i] = {grad.const_data_ptr(), output.const_data_ptr(), grad_weights[first + i].mutable_data_ptr(),
+                             rows, columns, u_offset, v_offset, static_cast<int>(blocks), static_cast<int>(first + i),
+                             dtype(output, "outputs")};
+      blocks += ceil_of(rows * columns, kNormalizeBlock);
+      u_offset += rows, v_offset += columns;
+    }
+    const Tensor dots = empty(uv, {blocks}, ScalarType::Float);
+    problem->dots = dots.mutable_data_ptr<float>();
+    launch(kernel_spectral_normalize_dots, {blocks, kPowerThreads, kPowerThreads / 32 * sizeof(float)}, problem.get(), sigma);
+    launch(kernel_spectral_normalize_gradient, {blocks, kPowerThreads, 0}, problem.get(), sigma);
+  }
+}
+
 }  // namespace
 
 NYSTROMGAN_BINDINGS(m) {
   m.impl("power_iteration_native", TORCH_BOX(&iterate));
   m.impl("spectral_normalize_native", TORCH_BOX(&normalize));
+  m.impl("spectral_normalize_backward_native", TORCH_BOX(&normalize_backward));
 }
 
 }  // namespace nystromgan

@@ -51,4 +51,20 @@ struct SpectralNormalize {
   NormalizeWeight weights[kMostWeights];
 };
 
+// W / sigma's gradient and the weight's, both contiguous as W / sigma is; u and v are in uv.
+struct GradientWeight {
+  const void *grad, *normalized;
+  void* grad_weight;
+  int64_t rows, columns, u_offset, v_offset;
+  int32_t first_block, place;
+  Dtype dtype;
+};
+
+struct NormalizeGradient {
+  const float *sigma, *uv;
+  float* dots;  // (blocks): each block's part of <dW_sn, W_sn>
+  int32_t count;
+  GradientWeight weights[kMostWeights];
+};
+
 }  // namespace nystromgan

@@ -235,4 +235,40 @@ DEVICE void spectral_normalize(const SpectralNormalize& p) {
   });
 }
 
+// Calls body(weight, element type, first element, end) for this block's share of a gradient.
+template <class Body>
+DEVICE void for_my_gradient(const NormalizeGradient& p, Body body) {
+  const GradientWeight& w =
+      p.weights[weight_of(p.count, block_index(), [&](int i) { return p.weights[i].first_block; })];
+  const int64_t first = int64_t{block_index() - w.first_block} * kNormalizeBlock;
+  const int64_t end = minimum(first + kNormalizeBlock, w.rows * w.columns);
+  with_dtype(w.dtype, [&](auto tag) { body(w, tag, first, end); });
+}
+
+DEVICE void normalize_dots(const NormalizeGradient& p) {
+  for_my_gradient(p, [&](const GradientWeight& w, auto tag, int64_t first, int64_t end) {
+    using T = decltype(tag);
+    const T *grad = static_cast<const T*>(w.grad), *normalized = static_cast<const T*>(w.normalized);
+    float sum = 0.0f;
+    for (int64_t i = first + thread_index(); i < end; i += kPowerThreads) sum += to_float(grad[i]) * to_float(normalized[i]);
+    sum = block_sum(sum, reinterpret_cast<float*>(shared_memory()));
+    if (thread_index() == 0) p.dots[block_index()] = sum;
+  });
+}
+
+// dW = (dW_sn - <dW_sn, W_sn> u v^T) / sigma.
+DEVICE void normalize_gradient(const NormalizeGradient& p) {
+  for_my_gradient(p, [&](const GradientWeight& w, auto tag, int64_t first, int64_t end) {
+    using T = decltype(tag);
+    const T* grad = static_cast<const T*>(w.grad);
+    T* grad_weight = static_cast<T*>(w.grad_weight);
+    const int parts = static_cast<int>(ceil_div(w.rows * w.columns, kNormalizeBlock));
+    const float along = sum_of(p.dots + w.first_block, parts), sigma = p.sigma[w.place];
+    for (int64_t i = first + thread_index(); i < end; i += kPowerThreads) {
+      const float outer = p.uv[w.u_offset + i / w.columns] * p.uv[w.v_offset + i % w.columns];
+      grad_weight[i] = from_float<T>((to_float(grad[i]) - along * outer) / sigma);
+    }
+  });
+}
+
 }  // namespace nystromgan

@@ -160,6 +160,21 @@ else:
             for x, y in zip(normalized, spectral_normalize(*wide, iterations=0, backend="reference"), strict=True):
                 assert relative_error(x, y) < (2e-6 if x.dtype == torch.float32 else 4e-3)
 
+        @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+        def test_the_gradient_of_every_normalized_weight(self, dtype: torch.dtype) -> None:
+            weights, u, v = self.problem(dtype)
+            weights = [x.contiguous().requires_grad_() for x in weights]
+            wide = [x.detach().double().requires_grad_() for x in weights]
+            normalized = spectral_normalize(weights, u, v, iterations=0, backend=BACKEND)
+            exact = spectral_normalize(
+                wide, [x.double() for x in u], [x.double() for x in v], iterations=0, backend="reference"
+            )
+            grads = [normal(*x.shape, dtype=x.dtype, seed=60 + i) for i, x in enumerate(normalized)]
+            expected = torch.autograd.grad(exact, wide, [x.double() for x in grads])
+            for x, y in zip(torch.autograd.grad(normalized, weights, grads), expected, strict=True):
+                if x.numel() > 1:  # of one element it is 0
+                    assert relative_error(x, y) < (5e-6 if x.dtype == torch.float32 else 8e-3)
+
         def test_more_weights_than_one_launch_takes(self) -> None:
             weights = [normal(4, 3, seed=i) for i in range(130)]
             u, v = [torch.ones(4) for _ in weights], [torch.ones(3) for _ in weights]

@@ -20,8 +20,11 @@ def test_a_network_takes_one_launch_and_nothing_spills(dtype: torch.dtype, archi
     with triton_aot.compiled_for(architecture) as compiled:
         sigma, _ = kernels.power_iteration(weights, u, v, 1, 1e-12)
         kernels.spectral_normalize(weights, sigma, [torch.empty_like(weight) for weight in weights])
+        kernels.spectral_normalize_backward(weights, weights, sigma, torch.cat([*u, *v]), weights)
     resources = [triton_aot.resources(kernel) for kernel in compiled]
-    assert [used.kernel for used in resources] == ["_power_iteration_kernel", "_spectral_normalize_kernel"]
+    assert [used.kernel for used in resources] == [
+        "_power_iteration_kernel", "_spectral_normalize_kernel", "_normalize_dots_kernel", "_normalize_gradient_kernel"
+    ]  # fmt: skip
     for kernel, used in zip(compiled, resources, strict=True):
         assert used.spilled_bytes == 0, used
         assert "ld.global.v4" in kernel.asm["ptx"] or ".v4.b32" in kernel.asm["ptx"], used

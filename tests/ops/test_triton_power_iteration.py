@@ -94,3 +94,25 @@ else:
         kernels.spectral_normalize(weights, sigma, outputs)
         for output, weight, divisor in zip(outputs, weights, sigma, strict=True):
             assert relative_error(output, weight.double() / divisor) <= TOLERANCES[dtype].output
+
+    @pytest.mark.parametrize("parts", [2, kernels.PARTS])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_gradient_of_every_normalized_weight(
+        dtype: torch.dtype, parts: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Against the formula in float64; where two parts are added at once, one weight has more."""
+        monkeypatch.setattr(kernels, "PARTS", parts)
+        shapes = [*SHAPES, (130, 70)]
+        outputs, grads = (
+            [normal(*x, dtype=dtype, device=DEVICE, seed=k + i) for i, x in enumerate(shapes)] for k in (0, 50)
+        )
+        u, v = (
+            [normal(x[axis], device=DEVICE, seed=100 * axis + i) for i, x in enumerate(shapes)] for axis in range(2)
+        )
+        sigma = 1.5 + torch.arange(len(shapes), device=DEVICE)
+        results = [torch.full_like(x, torch.nan) for x in outputs]
+        kernels.spectral_normalize_backward(grads, outputs, sigma, torch.cat([*u, *v]), results)
+        for result, grad, output, divisor, left, right in zip(results, grads, outputs, sigma, u, v, strict=True):
+            along = (grad.double() * output.double()).sum()
+            expected = (grad.double() - along * torch.outer(left.double(), right.double())) / divisor
+            assert relative_error(result, expected) <= TOLERANCES[dtype].output

@@ -195,10 +195,11 @@ def _normalized(weights: list[Tensor], sigma: Tensor, uv: Tensor, backend: str) 
 def _normalized_backward(
     grad_outputs: list[Tensor], weights: list[Tensor], outputs: list[Tensor], sigma: Tensor, uv: Tensor, backend: str
 ) -> list[Tensor]:
-    if backend != "cpu":
-        return _normalize_vjps(grad_outputs, outputs, sigma.reciprocal(), uv)
+    if backend != "cpu":  # whose kernel takes any strides
+        grad_outputs = [grad.contiguous() for grad in grad_outputs]
     grad_weights = [_recycled.empty_like(weight) for weight in weights]
-    torch.ops.nystromgan.spectral_normalize_backward_native(grad_outputs, outputs, sigma, uv, grad_weights)
+    kernel = _library.kernel(OP, "spectral_normalize_backward", backend)
+    kernel(grad_outputs, outputs, sigma, uv, grad_weights)
     return grad_weights
 
 

@@ -26,6 +26,7 @@ from nystromgan.ops.power_iteration import tuning
 MOST_WEIGHTS = 64  # of a launch: 24 bytes each of its 4 KiB of arguments, and as many selections in every program
 MOST_PROGRAMS = 128  # of a weight, since one of them adds all their shares
 ELEMENTS = 4096  # of a program that divides
+PARTS = 1024  # of a dot product that are added at once
 
 
 class Weight(NamedTuple):
@@ -217,6 +218,37 @@ def _spectral_normalize_kernel(weights, outputs, sigma, PLAN: tl.constexpr, ELEM
         tl.store(p_output + o, (b_weight.to(tl.float32) / scale).to(p_output.dtype.element_ty), mask=m)
 
 
+@triton.jit
+def _normalize_dots_kernel(grads, outputs, dots, PLAN: tl.constexpr, ELEMENTS: tl.constexpr):
+    """This program's part of <dW_sn, W_sn>."""
+    p_grad, p_output = _my_pointer(grads, PLAN), _my_pointer(outputs, PLAN)
+    o = (tl.program_id(0) - _mine(PLAN, FIRST)) * ELEMENTS + tl.arange(0, ELEMENTS)
+    m = o < _mine(PLAN, ROWS) * _mine(PLAN, COLUMNS)
+    b_grad, b_output = tl.load(p_grad + o, mask=m, other=0.0), tl.load(p_output + o, mask=m, other=0.0)
+    tl.store(dots + tl.program_id(0), tl.sum(b_grad.to(tl.float32) * b_output.to(tl.float32)))
+
+
+@triton.jit
+def _normalize_gradient_kernel(
+    grads, targets, dots, sigma, uv, PLAN: tl.constexpr, ELEMENTS: tl.constexpr, PARTS: tl.constexpr
+):
+    p_grad, p_target = _my_pointer(grads, PLAN), _my_pointer(targets, PLAN)
+    columns, first = _mine(PLAN, COLUMNS), _mine(PLAN, FIRST)
+    size = _mine(PLAN, ROWS) * columns
+    b_sum = tl.zeros([PARTS], tl.float32)  # in the order of the programs, whoever made them
+    for i in range(0, tl.cdiv(size, ELEMENTS).to(tl.int32), PARTS):
+        o_part = i + tl.arange(0, PARTS)
+        b_sum += tl.load(dots + first + o_part, mask=o_part < tl.cdiv(size, ELEMENTS), other=0.0)
+    along = tl.sum(b_sum)
+    scale = 1.0 / tl.load(sigma + _mine(PLAN, PLACE))
+    o = (tl.program_id(0) - first) * ELEMENTS + tl.arange(0, ELEMENTS)
+    m = o < size
+    b_u = tl.load(uv + _mine(PLAN, OFFSET_U) + o // columns, mask=m)
+    b_v = tl.load(uv + _mine(PLAN, OFFSET_V) + o % columns, mask=m)
+    b_grad = tl.load(p_grad + o, mask=m).to(tl.float32)
+    tl.store(p_target + o, ((b_grad - along * b_u * b_v) * scale).to(p_target.dtype.element_ty), mask=m)
+
+
 def power_iteration(
     weights: Sequence[Tensor], u: Sequence[Tensor], v: Sequence[Tensor], iterations: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -246,6 +278,25 @@ def spectral_normalize(weights: Sequence[Tensor], sigma: Tensor, outputs: Sequen
         pointers = [tuple(x[i] for i in group) for x in (weights, outputs)]
         with _triton.launch_on(sigma):
             _spectral_normalize_kernel[(programs,)](*pointers, sigma, plan, ELEMENTS)
+
+
+def spectral_normalize_backward(
+    grad_outputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    sigma: Tensor,
+    uv: Tensor,
+    grad_weights: Sequence[Tensor],
+) -> None:
+    """grad_weights_i = (dW_sn - <dW_sn, W_sn> u v^T) / sigma_i; all matrices are contiguous. Two launches."""
+    lengths = [output.shape[axis] for axis in range(2) for output in outputs]
+    for group in _groups(grad_outputs, outputs):
+        described = tuple((*outputs[i].shape, sum(lengths[:i]), sum(lengths[: len(outputs) + i]), i) for i in group)
+        plan, programs = _gradient_plan(described)
+        grads, made, targets = (tuple(x[i] for i in group) for x in (grad_outputs, outputs, grad_weights))
+        dots = uv.new_empty(programs)
+        with _triton.launch_on(sigma):
+            _normalize_dots_kernel[(programs,)](grads, made, dots, plan, ELEMENTS)
+            _normalize_gradient_kernel[(programs,)](grads, targets, dots, sigma, uv, plan, ELEMENTS, PARTS)
 
 
 def _groups(*tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -295,5 +346,16 @@ def _elementwise_plan(described: tuple[tuple[int, ...], ...]) -> tuple[tuple[Wei
     for rows, columns, stride_row, stride_column, i in described:
         contiguous = stride_column == 1 and stride_row == columns
         plan.append(Weight(programs, rows, columns, stride_row, stride_column, 0, 0, 0, 0, 0, 0, i, int(contiguous)))
+        programs += triton.cdiv(rows * columns, ELEMENTS)
+    return tuple(plan), programs
+
+
+@functools.lru_cache(maxsize=64)
+def _gradient_plan(described: tuple[tuple[int, ...], ...]) -> tuple[tuple[Weight, ...], int]:
+    """The plan of the gradient's kernels, and their number of programs."""
+    plan = []
+    programs = 0
+    for rows, columns, offset_u, offset_v, i in described:
+        plan.append(Weight(programs, rows, columns, columns, 1, 0, 0, 0, offset_u, offset_v, 0, i, 1))
         programs += triton.cdiv(rows * columns, ELEMENTS)
     return tuple(plan), programs
