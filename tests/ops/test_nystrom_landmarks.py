@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nystromgan import nystrom_attention
-from nystromgan.ops.nystrom_attention.landmarks import grid_index, landmark_grid, near_cubic_counts
+from nystromgan.ops.nystrom_attention.landmarks import grid_index, grid_index_in_op, landmark_grid, near_cubic_counts
 from nystromgan.testing import assert_same, attention_inputs, backends_of, device_of, normal, relative_error
 from nystromgan.zoo.data import hela
 
@@ -68,6 +68,12 @@ class TestIndex:
     def test_blocks_are_row_major(self) -> None:
         index = grid_index((3, 4), (2, 2), torch.device("cpu")).reshape(3, 4)
         assert index.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]]
+
+    @pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("meta", False)])
+    def test_only_the_cpu_keeps_one(self, device: str, kept: bool) -> None:
+        """On a GPU it would be the memory of the CUDA graph or the stream that asked first."""
+        first, second = (grid_index_in_op((6,), (2,), torch.device(device)) for _ in range(2))
+        assert (first is second) is kept
 
 
 @on_every_backend

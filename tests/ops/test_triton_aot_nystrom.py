@@ -30,12 +30,12 @@ def compile_case(architecture: int, case: Case) -> list[Resources]:
     query, key = (torch.empty(1, 2, tokens, head_dim, dtype=dtype, device="meta") for _ in range(2))
     value = torch.empty(1, 2, tokens, value_dim, dtype=dtype, device="meta")
     index = grid_index((tokens,), (landmarks,), torch.device("meta"))
-    plan = (None, None, index, index, None, None, None, None)
+    plan = (None,) * 8
     options = (landmarks, 0.125, 6, False)
     layout = ((tokens,), (tokens,), (landmarks,))
     with compiled_for(architecture) as compiled:
         output, *saved = kernels.nystrom_attention(query, key, value, *plan, *options, layout)
-        kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *options)
+        kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *options, layout)
         kernels.cluster_landmarks(key, index, None, None, landmarks, 1)
     return [resources(kernel) for kernel in compiled]
 

@@ -4,6 +4,7 @@ The interpreter wants its variable before triton is imported, so without a GPU t
 """
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -174,15 +175,22 @@ else:
                 nystrom_attention(**strided, num_landmarks=6, pinv_iterations=2, backend="triton"), expected
             )
 
-        def test_a_layout_and_its_index_agree(self) -> None:
-            inputs = attention_inputs(1, 1, 60, head_dim=8, device=DEVICE)
-            index = grid_index((60,), (7,), torch.device(DEVICE))
-            plan = (None, None, index, index, None, None, None, None)
-            layout = ((60,), (60,), (7,))
-            by_index = kernels.nystrom_attention(*inputs.values(), *plan, 7, 0.3, 2, False)
-            by_layout = kernels.nystrom_attention(*inputs.values(), *plan, 7, 0.3, 2, False, layout)
-            for value, expected in zip(by_layout, by_index, strict=True):
-                assert relative_error(value, expected) < 1e-6
+        @pytest.mark.parametrize(
+            ("grid", "counts"), [((60,), (7,)), ((5, 12), (3, 5)), ((3, 4, 5), (2, 3, 2))], ids=str
+        )
+        def test_a_layout_and_its_index_agree(self, grid: tuple[int, ...], counts: tuple[int, ...]) -> None:
+            inputs = attention_inputs(1, 2, 60, head_dim=8, device=DEVICE)
+            index, number = grid_index(grid, counts, torch.device(DEVICE)), math.prod(counts)
+            results = []
+            for indices, layout in (((index, index), None), ((None, None), (grid, grid, counts))):
+                plan = (None, None, *indices, None, None, None, None)
+                output, *saved = kernels.nystrom_attention(*inputs.values(), *plan, number, 0.3, 1, False, layout)
+                grads = kernels.nystrom_attention_backward(
+                    output, *inputs.values(), *saved, *plan, number, 0.3, 1, False, layout
+                )
+                results.append([output, *saved, *grads])
+            for value, expected in zip(*results, strict=True):
+                assert relative_error(value, expected) < 2e-6
 
     class TestClusterLandmarks:
         @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

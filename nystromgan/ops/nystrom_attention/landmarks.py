@@ -101,10 +101,17 @@ def segment_of(position: Tensor, short: int | Tensor, longer: int | Tensor) -> T
     return torch.where(position < longer * (short + 1), position // (short + 1), (position - longer) // short)
 
 
+def grid_index_in_op(grid: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """`grid_index` for the inside of an op, which nothing traces and whose callers do not write to it: kept on the CPU.
+
+    What a GPU kept would belong to the CUDA graph or the stream that asked first: others would read it unfilled.
+    """
+    return _cpu_grid_index(grid, counts) if device.type == "cpu" else grid_index(grid, counts, device)
+
+
 @functools.lru_cache(maxsize=16)
-def cached_grid_index(grid: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """`grid_index`, kept: for the inside of an op, which nothing traces and whose callers do not write to it."""
-    return grid_index(grid, counts, device)
+def _cpu_grid_index(grid: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
+    return grid_index(grid, counts, torch.device("cpu"))
 
 
 def masked_segments(padding_mask: Tensor, num_landmarks: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nystromgan import _library
 from nystromgan.ops.nystrom_attention import reference
-from nystromgan.ops.nystrom_attention.landmarks import Plan, cached_grid_index, grid_index
+from nystromgan.ops.nystrom_attention.landmarks import Plan, grid_index, grid_index_in_op
 
 OP = "nystrom_attention"
 
@@ -37,7 +37,7 @@ def _resolved(
     landmark_grid: list[int],
     *,
     device: torch.device,
-    index: Callable[..., Tensor] = cached_grid_index,
+    index: Callable[..., Tensor] = grid_index_in_op,
 ) -> Plan:
     """The plan with the layout's index on a side that has neither landmarks nor index."""
     counts = tuple(landmark_grid)
@@ -48,26 +48,29 @@ def _resolved(
     return plan
 
 
-def _block_layout(backend: str, plan: Plan, *grids: list[int]) -> dict[str, tuple[list[int], ...]]:
-    """The layout for triton, which pools blocks of up to three axes without an index; the others go by the index."""
+def _placed(
+    backend: str, plan: Plan, grids: tuple[list[int], ...], device: torch.device
+) -> tuple[Plan, dict[str, tuple[list[int], ...]]]:
+    """The plan as `backend` takes it: triton works out blocks of up to three axes itself, the others go by an index."""
     pooled = plan.query_landmarks is None and plan.query_index is None and plan.key_index is None
-    return {"layout": grids} if backend == "triton" and pooled and len(grids[0]) <= 3 else {}
+    if backend == "triton" and pooled and len(grids[0]) <= 3:
+        return plan, {"layout": grids}
+    return _resolved(plan, *grids, device=device), {}
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     *options, backend = rest
     plan, grids = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3]
-    layout = _block_layout(backend, plan, *grids)
+    plan, layout = _placed(backend, plan, grids, query.device)
     run = _library.kernel(OP, OP, backend)
-    return run(query, key, value, *_resolved(plan, *grids, device=query.device), *options[NUM_PLAN + 3 :], **layout)
+    return run(query, key, value, *plan, *options[NUM_PLAN + 3 :], **layout)
 
 
 def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     *options, backend = rest
     saved, options = options[:5], options[5:]
     plan, grids = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3]
-    layout = _block_layout(backend, plan, *grids)
-    plan = _resolved(plan, *grids, device=query.device)
+    plan, layout = _placed(backend, plan, grids, query.device)
     run = _library.kernel(OP, f"{OP}_backward", backend)
     return run(grad_output, query, key, value, *saved, *plan, *options[NUM_PLAN + 3 :], **layout)
 

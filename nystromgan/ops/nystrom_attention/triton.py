@@ -19,7 +19,7 @@ from nystromgan.ops.nystrom_attention.triton_pool import (
     index_counts,
     index_means,
     index_strides,
-    layout_counts,
+    three_axes,
 )
 
 __all__ = ["cluster_landmarks", "nystrom_attention", "nystrom_attention_backward"]
@@ -241,31 +241,21 @@ def _landmark_values(
     return context, mixed, logsumexp
 
 
-class Membership(NamedTuple):
-    """Which landmark each token is in the mean of, and how many share it; no index where the caller gave landmarks."""
+class Members(NamedTuple):
+    """Which landmark each token is in the mean of, and how many share it: `membership`'s arguments and their kind."""
 
-    landmark_of: Tensor | None
-    counts: Tensor | None
-
-    def arguments(self, absent: Tensor) -> tuple:
-        """The index and the counts with their strides, as `spread` takes them."""
-        if self.landmark_of is None or self.counts is None:
-            return absent, 0, 0, 0, absent, 0, 0
-        return self.landmark_of, *index_strides(self.landmark_of), self.counts, *index_strides(self.counts)[:2]
+    kind: str
+    arguments: tuple
 
 
-def _memberships(plan: Plan, layout: tuple | None, num_landmarks: int) -> tuple[Membership, Membership]:
-    """Those of the queries and of the keys."""
-    if layout is not None:
-        grids = tuple(layout[0]), tuple(layout[1])
-        device = plan.query_index.device  # type: ignore[union-attr]
-        counts = [layout_counts(grid, tuple(layout[2]), device, num_landmarks) for grid in grids]
-        return Membership(plan.query_index, counts[0]), Membership(plan.key_index, counts[1])
-    query, key = (
-        Membership(index, None if index is None else index_counts(index, num_landmarks))
-        for index in (plan.query_index, plan.key_index)
-    )
-    return query, key
+def _members(index: Tensor | None, grid: tuple[int, ...], counts: tuple[int, ...], num_landmarks: int) -> Members:
+    """The tokens of an index or of a grid's blocks; of neither where the caller gave the landmarks."""
+    if index is not None:
+        sizes = index_counts(index, num_landmarks)
+        return Members("index", (index, *index_strides(index), sizes, *index_strides(sizes)[:2]))
+    if len(grid) <= 1:
+        return Members("segments", (*grid, *counts)) if grid else Members("none", (0,))
+    return Members("blocks", (*three_axes(grid), *three_axes(counts)))
 
 
 def nystrom_attention_backward(
@@ -304,16 +294,18 @@ def nystrom_attention_backward(
         scale, pinv_iterations, global_init,
     )  # fmt: skip
     with _triton.launch_on(query):
-        query_member, key_member = _memberships(plan, layout, num_landmarks)
+        query_grid, key_grid, counts = ((), (), ()) if layout is None else map(tuple, layout)
+        query_members = _members(query_index, query_grid, counts, num_landmarks)
+        key_members = _members(key_index, key_grid, counts, num_landmarks)
         stats = pass_.query_stats()
         sums, core, iterates = pass_.query_sums(stats)
         grad_context, delta, grad_query_means = pass_.core(sums, core, iterates)
-        grad_key, grad_value, grad_query_means = pass_.keys(sums, grad_context, delta, grad_query_means, key_member)
-        grad_query = pass_.query(stats, grad_query_means, query_member)
+        grad_key, grad_value, grad_query_means = pass_.keys(sums, grad_context, delta, grad_query_means, key_members)
+        grad_query = pass_.query(stats, grad_query_means, query_members)
     empty = query_means.new_empty(0)
     width = num_landmarks * sizes.value_dim
-    grad_key_means = sums[:, width:].reshape(key_means.shape) if key_index is None else empty
-    return grad_query, grad_key, grad_value, grad_query_means if query_index is None else empty, grad_key_means
+    grad_key_means = sums[:, width:].reshape(key_means.shape) if key_members.kind == "none" else empty
+    return grad_query, grad_key, grad_value, grad_query_means if query_members.kind == "none" else empty, grad_key_means
 
 
 class Backward(NamedTuple):
@@ -412,7 +404,7 @@ class Backward(NamedTuple):
         return grad_context, delta, grad_query_means
 
     def keys(
-        self, sums: Tensor, grad_context: Tensor, delta: Tensor, grad_query_means: Tensor, member: Membership
+        self, sums: Tensor, grad_context: Tensor, delta: Tensor, grad_query_means: Tensor, members: Members
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dK, dV, and d Q~ complete."""
         sizes, count, mask = self.sizes, self.sizes.landmarks, self.plan.key_padding_mask
@@ -429,11 +421,11 @@ class Backward(NamedTuple):
             backward.keys_kernel[(sizes.rows * splits * blocks,)](
                 self.key, *self.key.stride(), self.value, *self.value.stride(),
                 _as_bytes(mask, parts), *_mask_strides(mask),
-                self.query_means, grad_context, self.logsumexp, delta, sums, *member.arguments(parts),
+                self.query_means, grad_context, self.logsumexp, delta, sums, members.arguments,
                 _as_bytes(self.plan.exact_rows, parts), grad_key, grad_value, parts,
                 sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks,
                 self.scale, float(lift),
-                HAS_MASK=mask is not None, HAS_INDEX=member.landmark_of is not None,
+                HAS_MASK=mask is not None, MEMBERS=members.kind,
                 HAS_EXACT=self.plan.exact_rows is not None, SPLIT=split, **parts_of, **tiles,
             )  # fmt: skip
 
@@ -445,7 +437,7 @@ class Backward(NamedTuple):
         total = _reduced(parts, grad_query_means.view(sizes.rows, -1))
         return grad_key, grad_value, total.view(grad_query_means.shape)
 
-    def query(self, stats: tuple[Tensor, Tensor] | None, grad_query_means: Tensor, member: Membership) -> Tensor:
+    def query(self, stats: tuple[Tensor, Tensor] | None, grad_query_means: Tensor, members: Members) -> Tensor:
         sizes = self.sizes
         grad_query = self.query_.new_empty(self.query_.shape)
         tiles = sizes.tiles("query")
@@ -456,9 +448,9 @@ class Backward(NamedTuple):
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
             self.key_means, self.mixed,
             _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta, grad_query_means,
-            *member.arguments(grad_query_means), grad_query,
+            members.arguments, grad_query,
             sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
-            HAS_ABSENT=self.has_absent, HAS_INDEX=member.landmark_of is not None,
+            HAS_ABSENT=self.has_absent, MEMBERS=members.kind,
             MANY=stats is not None, STEPS=steps, **tiles,
         )  # fmt: skip
         return grad_query

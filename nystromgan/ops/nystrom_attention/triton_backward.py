@@ -23,6 +23,7 @@ from nystromgan.ops.nystrom_attention.triton_forward import (
     load_tokens,
     store_tokens,
 )
+from nystromgan.ops.nystrom_attention.triton_pool import membership
 
 
 @triton.jit
@@ -266,19 +267,15 @@ def core_backward_kernel(
 
 
 @triton.jit
-def spread(p_grad_means, s_means, p_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch, i_bh, H, o_n, valid, M, D,
-           BLOCK_D: tl.constexpr):  # fmt: skip
+def spread(p_grad_means, s_means, members, i_bh, H, o_n, valid, D, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr):
     """What each token of o_n gets of the gradient of the landmark that it is in the mean of."""
     o_d = tl.arange(0, BLOCK_D)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    b_index = tl.load(p_index + i_b * s_ib + i_h * s_ih + o_n.to(tl.int64) * s_in, mask=valid, other=-1)
-    member = b_index >= 0
-    b_count = tl.load(p_counts + i_b * s_cb + i_h * s_ch + b_index, mask=member, other=1.0)
+    b_index, b_count = membership(members, i_b, i_h, o_n, valid, MEMBERS)
     p_grad_means += i_bh.to(tl.int64) * s_means
-    b_grad = tl.load(
-        p_grad_means + b_index[:, None] * D + o_d[None, :], mask=member[:, None] & (o_d[None, :] < D), other=0.0
-    )
-    return b_grad / b_count[:, None]
+    inside = (b_index[:, None] >= 0) & (o_d[None, :] < D)
+    b_grad = tl.load(p_grad_means + b_index[:, None] * D + o_d[None, :], mask=inside, other=0.0)
+    return b_grad / b_count.to(tl.float32)[:, None]
 
 
 @triton.jit
@@ -306,9 +303,9 @@ def key_gradients(b_query, b_context, lse, delta, b_key, b_value, valid, scale, 
 @triton.jit
 def keys_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
-    p_query_means, p_grad_context, p_lse, p_delta, p_sums, p_key_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch, p_exact,
+    p_query_means, p_grad_context, p_lse, p_delta, p_sums, members, p_exact,
     p_grad_key, p_grad_value, p_parts, H, S, M, D, E, splits, m_blocks, scale, lift,
-    HAS_MASK: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_EXACT: tl.constexpr,
+    HAS_MASK: tl.constexpr, MEMBERS: tl.constexpr, HAS_EXACT: tl.constexpr,
     WRITE: tl.constexpr, SUM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -365,17 +362,11 @@ def keys_kernel(
         if WRITE:
             b_grad_key *= drop
             b_grad_value *= drop
-            if HAS_INDEX:
-                b_grad_key += spread(
-                    p_sums + M * E, 0, p_key_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
-                    i_bh, H, o_n, valid, M, D, BLOCK_D,
-                )  # fmt: skip
+            if MEMBERS != "none":
+                b_grad_key += spread(p_sums + M * E, 0, members, i_bh, H, o_n, valid, D, BLOCK_D, MEMBERS)
             if HAS_EXACT:  # noqa: SIM102 (known when compiled; the other is not)
                 if tl.load(p_exact + i_b) != 0:
-                    b_grad_value += spread(
-                        p_sums, 0, p_key_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
-                        i_bh, H, o_n, valid, M, E, BLOCK_E,
-                    )  # fmt: skip
+                    b_grad_value += spread(p_sums, 0, members, i_bh, H, o_n, valid, E, BLOCK_E, MEMBERS)
             store_tokens(p_grad_key, begin, b_grad_key, S, D, BLOCK_N, BLOCK_D)
             store_tokens(p_grad_value, begin, b_grad_value, S, E, BLOCK_N, BLOCK_E)
     if SUM:
@@ -390,9 +381,8 @@ def keys_kernel(
 @triton.jit
 def query_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
-    p_row_scale, p_delta, p_grad_query_means, p_query_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
-    p_grad_query, H, N, M, D, E, blocks, scale,
-    HAS_ABSENT: tl.constexpr, HAS_INDEX: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr,
+    p_row_scale, p_delta, p_grad_query_means, members, p_grad_query, H, N, M, D, E, blocks, scale,
+    HAS_ABSENT: tl.constexpr, MEMBERS: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -427,9 +417,6 @@ def query_kernel(
             grad_logits = weights * (grad_f - delta[:, None])
             b_grad_query = dot(grad_logits.to(dtype), b_key, b_grad_query, PRECISION)
         b_grad_query *= scale
-        if HAS_INDEX:
-            b_grad_query += spread(
-                p_grad_query_means, M * D, p_query_index, s_ib, s_ih, s_in, p_counts, s_cb, s_ch,
-                i_bh, H, o_n, o_n < N, M, D, BLOCK_D,
-            )  # fmt: skip
+        if MEMBERS != "none":
+            b_grad_query += spread(p_grad_query_means, M * D, members, i_bh, H, o_n, o_n < N, D, BLOCK_D, MEMBERS)
         store_tokens(p_grad_query, first, b_grad_query, N, D, BLOCK_N, BLOCK_D)

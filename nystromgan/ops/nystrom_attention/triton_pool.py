@@ -3,7 +3,7 @@
 Letters: B batch, H heads, N tokens, M landmarks, D head dim; `docs/notation.md`.
 """
 
-import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,7 +13,6 @@ from torch import Tensor
 from nystromgan import _triton
 from nystromgan._triton import dot
 from nystromgan.ops.nystrom_attention import tuning
-from nystromgan.ops.nystrom_attention.landmarks import cached_grid_index
 from nystromgan.ops.nystrom_attention.triton_forward import load_tokens
 
 
@@ -22,6 +21,41 @@ def _range_of(i, size, count):
     """First position and length of block i of `count` blocks on an axis of `size`."""
     short, longer = size // count, size % count
     return i * short + tl.minimum(i, longer), short + (i < longer).to(tl.int32)
+
+
+@triton.jit
+def _part_of(position, size, count):
+    """The block of each position on an axis of `size` in `count` blocks, and the block's length."""
+    short, longer = size // count, size % count
+    early = position < longer * (short + 1)
+    length = short + early.to(tl.int32)
+    return (position - tl.where(early, 0, longer)) // length, length
+
+
+@triton.jit
+def membership(members, i_b, i_h, o_n, valid, MEMBERS: tl.constexpr):
+    """The landmark that each token of o_n is in the mean of, -1 for none or beyond, and how many tokens that is of.
+
+    By MEMBERS, `members` is of "segments" (tokens, landmarks), of "blocks" the grid (T, H, W) and the blocks along each
+    axis, of an "index" its pointer and strides and those of its counts.
+    """
+    if MEMBERS == "segments":
+        b_index, b_count = _part_of(o_n, members[0], members[1])
+        b_index = tl.where(valid, b_index, -1)
+    elif MEMBERS == "blocks":
+        plane = o_n // members[2]
+        x, size_x = _part_of(o_n - plane * members[2], members[2], members[5])
+        t = plane // members[1]
+        y, size_y = _part_of(plane - t * members[1], members[1], members[4])
+        t, size_t = _part_of(t, members[0], members[3])
+        b_index = tl.where(valid, (t * members[4] + y) * members[5] + x, -1)
+        b_count = size_t * size_y * size_x
+    else:
+        p_index = members[0] + i_b * members[1] + i_h * members[2]
+        p_counts = members[4] + i_b * members[5] + i_h * members[6]
+        b_index = tl.load(p_index + o_n.to(tl.int64) * members[3], mask=valid, other=-1)
+        b_count = tl.load(p_counts + b_index, mask=b_index >= 0, other=1)
+    return b_index, b_count
 
 
 @triton.jit
@@ -137,10 +171,15 @@ def index_strides(index: Tensor) -> tuple[int, int, int]:
     return tuple(0 if size == 1 else stride for size, stride in zip(index.shape, index.stride(), strict=True))  # type: ignore[return-value]
 
 
+def three_axes(axes: Sequence[int]) -> tuple[int, ...]:
+    """The sizes of at most three axes as (T, H, W)."""
+    return (1,) * (3 - len(axes)) + tuple(axes)
+
+
 def block_means(query: Tensor, key: Tensor, layout: tuple, num_landmarks: int) -> tuple[Tensor, Tensor]:
     """Means (B, H, M, D) float32 of queries and keys over the blocks of a layout of at most three axes."""
     batch, heads, _, dim = query.shape
-    query_grid, key_grid, counts = ((1,) * (3 - len(axes)) + tuple(axes) for axes in layout)
+    query_grid, key_grid, counts = map(three_axes, layout)
     means = query.new_empty(2, batch, heads, num_landmarks, dim, dtype=torch.float32)
     block_d = _triton.tile(dim)
     programs = batch * heads * num_landmarks
@@ -195,9 +234,3 @@ def index_counts(index: Tensor, num_landmarks: int) -> Tensor:
         index, *index.stride(), counts, heads, count, num_landmarks, blocks, BLOCK_M=16, BLOCK_N=128, num_warps=4
     )
     return counts
-
-
-@functools.lru_cache(maxsize=16)
-def layout_counts(grid: tuple[int, ...], counts: tuple[int, ...], device: torch.device, num_landmarks: int) -> Tensor:
-    """`index_counts` of a layout, kept."""
-    return index_counts(cached_grid_index(grid, counts, device), num_landmarks)
