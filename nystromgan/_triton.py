@@ -13,6 +13,7 @@ from torch import Tensor
 from nystromgan import _env
 
 TILE_MIN = 16  # the smallest side of a tensor-core product
+FUSED = {"enable_fp_fusion": True}  # goes with every launch: where Triton 3.9 looks the default up, it warns
 
 
 def tile(size: int, most: int | None = None) -> int:

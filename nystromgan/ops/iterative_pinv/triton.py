@@ -339,7 +339,7 @@ def multiply(out: Tensor, alpha: float, a: Tensor, b: Tensor, beta: float = 0.0,
     product_kernel[(count * tiles * tiles,)](
         out, a, b, out if add is None else add, *a.stride(), *b.stride(),
         size, tiles, alpha, beta, ADD=add is not None, TILE=tile, TILE_K=tile_k,
-        K_STEPS=max(_triton.tile(size), tile_k) // tile_k, **config,
+        K_STEPS=max(_triton.tile(size), tile_k) // tile_k, **config, **_triton.FUSED,
     )  # fmt: skip
     return out
 
@@ -425,12 +425,14 @@ def iterative_pinv(matrix: Tensor, iterations: int, global_init: bool) -> Tensor
                 ITERATIONS=iterations,
                 BLOCK=block,
                 **tuning.tiled_forward(block),
+                **_triton.FUSED,
             )
             return iterates[:, -1].reshape(matrix.shape)
         pinv = matrix.new_empty(matrix.shape)
         chip_kernel[(count,)](
-            matrices, *matrices.stride(), pinv, size, ITERATIONS=iterations, BLOCK=block, **tuning.on_chip(block)
-        )
+            matrices, *matrices.stride(), pinv, size, ITERATIONS=iterations, BLOCK=block, **tuning.on_chip(block),
+            **_triton.FUSED,
+        )  # fmt: skip
     return pinv
 
 
@@ -451,6 +453,6 @@ def iterative_pinv_backward(grad_output: Tensor, matrix: Tensor, iterations: int
         work[:, 0] = grads
         backward_kernel[(count,)](
             matrices, *matrices.stride(), work, iterates, grad_matrix, size,
-            ITERATIONS=iterations, BLOCK=block, **tuning.tiled(block),
+            ITERATIONS=iterations, BLOCK=block, **tuning.tiled(block), **_triton.FUSED,
         )  # fmt: skip
     return grad_matrix

@@ -69,6 +69,7 @@ class Sizes(NamedTuple):
             "PRECISION": _triton.precision(self.dtype),
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
+            **_triton.FUSED,
         }
 
 
@@ -192,7 +193,7 @@ def _core(sizes: Sizes, query_means: Tensor, key_means: Tensor, plan: Plan, scal
     forward.core_kernel[(sizes.rows * row_blocks,)](
         query_means, key_means, *_landmark_masks(plan, core).values(), core, sizes.heads, sizes.landmarks,
         sizes.head_dim, scale, row_blocks, HAS_ABSENT=plan.key_landmark_mask is not None, ROWS=16, BLOCK_C=block,
-        BLOCK_D=16, num_warps=8 if block > 128 else 4, num_stages=2,
+        BLOCK_D=16, num_warps=8 if block > 128 else 4, num_stages=2, **_triton.FUSED,
     )  # fmt: skip
     return core
 
@@ -236,7 +237,7 @@ def _landmark_values(
         _as_bytes(plan.exact_rows, sums), mixed if exact_mixed is None else exact_mixed, context, mixed, logsumexp,
         sizes.heads, count, dim, splits, row_blocks, e_blocks,
         HAS_ABSENT=plan.query_landmark_mask is not None, HAS_EXACT=exact_mixed is not None,
-        ROWS=rows, BLOCK_M=rows, BLOCK_E=block_e, num_warps=4, num_stages=2,
+        ROWS=rows, BLOCK_M=rows, BLOCK_E=block_e, num_warps=4, num_stages=2, **_triton.FUSED,
     )  # fmt: skip
     return context, mixed, logsumexp
 
@@ -392,7 +393,7 @@ class Backward(NamedTuple):
                 grad_context, delta, work, grad_core, grad_query_means,
                 sizes.heads, count, sizes.head_dim, sizes.value_dim, self.scale,
                 HAS_ABSENT=self.has_absent, HAS_EXACT=self.plan.exact_rows is not None, **parts,
-                ITERATIONS=self.iterations, BLOCK_C=block, **pinv_tuning.tiled(block),
+                ITERATIONS=self.iterations, BLOCK_C=block, **pinv_tuning.tiled(block), **_triton.FUSED,
             )  # fmt: skip
 
         if fused:
@@ -463,6 +464,6 @@ def _reduced(parts: Tensor, base: Tensor | None = None) -> Tensor:
     blocks = triton.cdiv(size, 512)
     backward.reduce_kernel[(rows * blocks,)](
         parts, parts if base is None else base, total, size, splits, blocks,
-        HAS_BASE=base is not None, BLOCK=512, num_warps=4,
+        HAS_BASE=base is not None, BLOCK=512, num_warps=4, **_triton.FUSED,
     )  # fmt: skip
     return total

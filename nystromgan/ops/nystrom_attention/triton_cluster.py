@@ -102,6 +102,7 @@ def _lloyd_step(
         HAS_ABSENT=absent is not None, HAS_FROZEN=frozen is not None, ADD=fused, SPLIT=split,
         BLOCK_M=block_m, BLOCK_N=config.tokens, BLOCK_D=block_d,
         PRECISION=_triton.precision(tokens.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+        **_triton.FUSED,
     )  # fmt: skip
     if fused:
         return means_of_sums(sums, totals, landmarks.shape, landmarks)

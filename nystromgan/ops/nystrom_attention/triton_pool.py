@@ -186,7 +186,7 @@ def block_means(query: Tensor, key: Tensor, layout: tuple, num_landmarks: int) -
     block_mean_kernel[(2 * programs,)](
         query, *query.stride(), *query_grid, key, *key.stride(), *key_grid, means[0], means[1],
         heads, num_landmarks, dim, *counts, programs, BLOCK_N=max(16, 4096 // block_d), BLOCK_D=block_d,
-        num_warps=4,
+        num_warps=4, **_triton.FUSED,
     )  # fmt: skip
     return means[0], means[1]
 
@@ -206,7 +206,7 @@ def index_means(tokens: Tensor, index: Tensor, num_landmarks: int, fallback: Ten
         tokens, *tokens.stride(), index, *index_strides(index), sums, totals,
         heads, count, num_landmarks, dim, splits, m_blocks, SPLIT=split, BLOCK_M=block_m, BLOCK_D=block_d,
         BLOCK_N=config.tokens, PRECISION=_triton.precision(tokens.dtype),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **_triton.FUSED,
     )  # fmt: skip
     return means_of_sums(sums, totals, (batch, heads, num_landmarks, dim), fallback)
 
@@ -220,7 +220,7 @@ def means_of_sums(sums: Tensor, totals: Tensor, shape: tuple[int, ...] | torch.S
     row_blocks = triton.cdiv(num_landmarks, rows)
     mean_kernel[(batch * heads * row_blocks,)](
         sums, totals, means if fallback is None else fallback, means, num_landmarks, dim, sums.shape[1], row_blocks,
-        FALLBACK=fallback is not None, BLOCK_M=rows, BLOCK_D=block_d, num_warps=4,
+        FALLBACK=fallback is not None, BLOCK_M=rows, BLOCK_D=block_d, num_warps=4, **_triton.FUSED,
     )  # fmt: skip
     return means
 
@@ -231,6 +231,7 @@ def index_counts(index: Tensor, num_landmarks: int) -> Tensor:
     counts = torch.empty(batch, heads, num_landmarks, dtype=torch.float32, device=index.device)
     blocks = triton.cdiv(num_landmarks, 16)
     count_kernel[(batch * heads * blocks,)](
-        index, *index.stride(), counts, heads, count, num_landmarks, blocks, BLOCK_M=16, BLOCK_N=128, num_warps=4
-    )
+        index, *index.stride(), counts, heads, count, num_landmarks, blocks, BLOCK_M=16, BLOCK_N=128, num_warps=4,
+        **_triton.FUSED,
+    )  # fmt: skip
     return counts

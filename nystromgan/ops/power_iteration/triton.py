@@ -266,7 +266,7 @@ def power_iteration(
             for step in range(max(iterations, 1)):
                 _power_iteration_kernel[(programs,)](
                     *pointers, sigma, uv, shares, counters, eps, plan, iterations > 0, step == 0, MOST_PROGRAMS,
-                    **config._asdict(),
+                    **config._asdict(), **_triton.FUSED,
                 )  # fmt: skip
     return sigma, uv
 
@@ -277,7 +277,7 @@ def spectral_normalize(weights: Sequence[Tensor], sigma: Tensor, outputs: Sequen
         plan, programs = _elementwise_plan(tuple((*weights[i].shape, *weights[i].stride(), i) for i in group))
         pointers = [tuple(x[i] for i in group) for x in (weights, outputs)]
         with _triton.launch_on(sigma):
-            _spectral_normalize_kernel[(programs,)](*pointers, sigma, plan, ELEMENTS)
+            _spectral_normalize_kernel[(programs,)](*pointers, sigma, plan, ELEMENTS, **_triton.FUSED)
 
 
 def spectral_normalize_backward(

@@ -490,4 +490,4 @@ def _configure(
         "WIDE": any(_reaches_far(x) for x in (query, key, value, *others)),
         "PRECISION": _triton.precision(query.dtype),
     }
-    return (batch * heads * blocks * slices,), constants | config._asdict()
+    return (batch * heads * blocks * slices,), constants | config._asdict() | _triton.FUSED
