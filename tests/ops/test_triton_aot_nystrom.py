@@ -4,11 +4,14 @@ Nothing may spill, shared memory must hold, and sm_90 must multiply by wgmma. Th
 tensors, and compile what they would launch.
 """
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
 from nystromgan import _env
-from nystromgan.bench.triton_aot import SHARED_LIMIT, Resources, compiled_for, resources
+from nystromgan.bench.triton_aot import SHARED_LIMIT, compiled_for, resources
 
 if _env.triton_interpret():
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
@@ -23,7 +26,7 @@ CASES = [(torch.bfloat16, 64, 64, 64)]
 CASES_SM90 = [(torch.float32, 64, 64, 64), (torch.float16, 64, 8, 64), (torch.bfloat16, 512, 4, 32)]
 
 
-def compile_case(architecture: int, case: Case) -> list[Resources]:
+def compile_case(architecture: int, case: Case) -> list[Any]:
     """Every kernel that a training step with and without clustered landmarks launches."""
     dtype, landmarks, head_dim, value_dim = case
     tokens = 16 * landmarks
@@ -37,11 +40,11 @@ def compile_case(architecture: int, case: Case) -> list[Resources]:
         output, *saved = kernels.nystrom_attention(query, key, value, *plan, *options, layout)
         kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *options, layout)
         kernels.cluster_landmarks(key, index, None, None, landmarks, 1)
-    return [resources(kernel) for kernel in compiled]
+    return compiled
 
 
-def check(architecture: int, needs: list[Resources]) -> None:
-    for need in needs:
+def check(architecture: int, compiled: list[Any]) -> None:
+    for need in map(resources, compiled):
         assert need.spilled_bytes == 0, need
         assert need.shared_bytes <= SHARED_LIMIT[architecture], need
 
@@ -58,9 +61,18 @@ def test_nothing_spills_on_sm_90(case: Case) -> None:
 
 
 def test_passes_over_tokens_use_wgmma_on_sm_90() -> None:
-    needs = compile_case(90, CASES[0])
+    needs = [resources(kernel) for kernel in compile_case(90, CASES[0])]
     for name in ("landmark_kernel", "output_kernel", "query_sums_kernel", "keys_kernel", "query_kernel"):
         assert all(need.wgmma for need in needs if need.kernel == name), name
+
+
+def test_narrow_heads_are_read_sixteen_bytes_at_once() -> None:
+    """A row of eight half precision numbers: all of it, and never one number."""
+    for kernel in compile_case(90, CASES_SM90[1]):
+        name, ptx = kernel.metadata.name, kernel.asm["ptx"]
+        assert "ld.global.b16" not in ptx, name
+        if name in ("block_mean_kernel", "landmark_kernel", "query_sums_kernel", "keys_kernel", "query_kernel"):
+            assert "ld.global.v4.b32" in ptx or re.search(r"cp\.async\.cg.*0x10", ptx), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -70,4 +82,4 @@ def test_pinv_spills_nothing(architecture: int, size: int) -> None:
     with compiled_for(architecture) as compiled:
         pinv.iterative_pinv(matrix, 6, False)
         pinv.iterative_pinv_backward(matrix, matrix, 6, False)
-    check(architecture, [resources(kernel) for kernel in compiled])
+    check(architecture, compiled)

@@ -19,6 +19,7 @@ from nystromgan.ops.nystrom_attention.triton_forward import (
     LOG2E,
     absent,
     core_inverse,
+    head_of,
     load_landmarks,
     load_tokens,
     store_tokens,
@@ -27,7 +28,7 @@ from nystromgan.ops.nystrom_attention.triton_pool import membership
 
 
 @triton.jit
-def query_logits(b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale,
+def query_logits(b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D: tl.constexpr, scale,
                  HAS_ABSENT: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """s Q K~^T to base 2, minus infinity where there is no landmark; and K~ (M, D) as the product took it."""
     b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(b_query.dtype)
@@ -48,19 +49,19 @@ def row_scale(logits):
 @triton.jit
 def query_stats_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
-    p_row_scale, p_delta, H, N, M, D, E, blocks, scale,
-    HAS_ABSENT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    p_row_scale, p_delta, H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
+    QUERY_VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr, HAS_ABSENT: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For M in several blocks: each query's logarithm of F's row sum, and delta = F . dF."""
     i_bh = tl.program_id(0) // blocks
     first = (tl.program_id(0) % blocks) * BLOCK_N
     o_n = first + tl.arange(0, BLOCK_N)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_query += i_b * s_qb + i_h * s_qh
-    p_grad += i_b * s_gb + i_h * s_gh
-    b_query = load_tokens(p_query, s_qn, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-    b_grad = load_tokens(p_grad, s_gn, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
+    p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_VECTOR)
+    b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+    b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     delta = tl.zeros((BLOCK_N,), tl.float32)
@@ -89,7 +90,8 @@ def query_stats_kernel(
 def query_sums_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_query_means, p_key_means, p_mixed,
     p_query_absent, p_key_absent, p_row_scale, p_delta, p_core, p_iterates, p_sums,
-    H, N, M, D, E, splits, m_blocks, scale,
+    H, N, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
+    QUERY_VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
     HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, ITERATIONS: tl.constexpr, CHIP: tl.constexpr,
     BLOCK_C: tl.constexpr, CORE_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
     MANY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -108,8 +110,8 @@ def query_sums_kernel(
         i_split = i // m_blocks
         o_m = (i % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-        p_query += i_b * s_qb + i_h * s_qh
-        p_grad += i_b * s_gb + i_h * s_gh
+        p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
+        p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_VECTOR)
         dtype: tl.constexpr = p_query.dtype.element_ty
         b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
         b_grad_mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
@@ -117,8 +119,8 @@ def query_sums_kernel(
         for start in tl.range(0, SPLIT, BLOCK_N):
             first = i_split * SPLIT + start
             o_n = first + tl.arange(0, BLOCK_N)
-            b_query = load_tokens(p_query, s_qn, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-            b_grad = load_tokens(p_grad, s_gn, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+            b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+            b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
             logits, _ = query_logits(
                 b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale, HAS_ABSENT, BLOCK_D, PRECISION
             )
@@ -175,8 +177,8 @@ def panel_product(
 
 @triton.jit
 def _value_gradients(
-    p_grad_mixed, p_context, p_pinv, p_query_absent, p_exact, p_grad_context, p_delta, p_grad_pinv, i_b, M, E,
-    HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+    p_grad_mixed, p_context, p_pinv, p_query_absent, p_exact, p_grad_context, p_delta, p_grad_pinv, i_b, M,
+    E: tl.constexpr, HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """d(G V) = Z^T dW, its row sums against G V, and dZ = dW (G V)^T; zeros in an exact row, whose W is not Z G V."""
     keep = 1.0
@@ -204,8 +206,8 @@ def _value_gradients(
 
 @triton.jit
 def _landmark_gradients(
-    p_core, p_grad_core, p_query_means, p_key_means, p_grad_query_means, p_grad_key_means, M, D, scale,
-    BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+    p_core, p_grad_core, p_query_means, p_key_means, p_grad_query_means, p_grad_key_means, M, D: tl.constexpr,
+    scale, BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """Through A's softmax: d Q~ of A alone, and d K~ added to what came through F. Overwrites dA."""
     o_c = tl.arange(0, BLOCK_C)
@@ -234,7 +236,8 @@ def _landmark_gradients(
 @triton.jit
 def core_backward_kernel(
     p_sums, p_context, p_core, p_iterates, s_iterates, p_query_means, p_key_means, p_query_absent, p_exact,
-    p_grad_context, p_delta, p_work, p_grad_core, p_grad_query_means, H, M, D, E, scale,
+    p_grad_context, p_delta, p_work, p_grad_core, p_grad_query_means, H, M, D: tl.constexpr, E: tl.constexpr,
+    scale,
     HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, FIRST: tl.constexpr, PINV: tl.constexpr, LAST: tl.constexpr,
     ITERATIONS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -267,7 +270,8 @@ def core_backward_kernel(
 
 
 @triton.jit
-def spread(p_grad_means, s_means, members, i_bh, H, o_n, valid, D, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr):
+def spread(p_grad_means, s_means, members, i_bh, H, o_n, valid, D: tl.constexpr, BLOCK_D: tl.constexpr,
+           MEMBERS: tl.constexpr):  # fmt: skip
     """What each token of o_n gets of the gradient of the landmark that it is in the mean of."""
     o_d = tl.arange(0, BLOCK_D)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
@@ -280,7 +284,8 @@ def spread(p_grad_means, s_means, members, i_bh, H, o_n, valid, D, BLOCK_D: tl.c
 
 @triton.jit
 def load_rows_of_g(
-    p_query_means, p_grad_context, p_lse, p_delta, i_bh, o_m, M, D, E, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr
+    p_query_means, p_grad_context, p_lse, p_delta, i_bh, o_m, M, D: tl.constexpr, E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Q~ (M, D), d(G V) (M, E), the logarithm of G's row sums to base 2, and delta, of landmarks o_m."""
     row = i_bh.to(tl.int64) * M + o_m
@@ -304,7 +309,8 @@ def key_gradients(b_query, b_context, lse, delta, b_key, b_value, valid, scale, 
 def keys_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
     p_query_means, p_grad_context, p_lse, p_delta, p_sums, members, p_exact,
-    p_grad_key, p_grad_value, p_parts, H, S, M, D, E, splits, m_blocks, scale, lift,
+    p_grad_key, p_grad_value, p_parts, H, S, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale, lift,
+    KEY_VECTOR: tl.constexpr, VALUE_VECTOR: tl.constexpr,
     HAS_MASK: tl.constexpr, MEMBERS: tl.constexpr, HAS_EXACT: tl.constexpr,
     WRITE: tl.constexpr, SUM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
@@ -317,8 +323,8 @@ def keys_kernel(
     i_split = (tl.program_id(0) // m_blocks) % splits
     i_m = (tl.program_id(0) % m_blocks) * BLOCK_M
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_key += i_b * s_kb + i_h * s_kh
-    p_value += i_b * s_vb + i_h * s_vh
+    p_keys, s_keys = head_of(p_key, s_kb, s_kh, s_kn, i_b, i_h, KEY_VECTOR)
+    p_values, s_values = head_of(p_value, s_vb, s_vh, s_vn, i_b, i_h, VALUE_VECTOR)
     dtype: tl.constexpr = p_key.dtype.element_ty
     p_grad_key += i_bh.to(tl.int64) * S * D
     p_grad_value += i_bh.to(tl.int64) * S * E
@@ -336,8 +342,8 @@ def keys_kernel(
         valid = o_n < S
         if HAS_MASK:
             valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
-        b_key = load_tokens(p_key, s_kn, s_kd, begin, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-        b_value = load_tokens(p_value, s_vn, s_vd, begin, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+        b_key = load_tokens(p_keys, s_keys, s_kd, begin, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+        b_value = load_tokens(p_values, s_values, s_vd, begin, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
         b_grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         b_grad_value = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         if WRITE and not SUM:
@@ -381,7 +387,9 @@ def keys_kernel(
 @triton.jit
 def query_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
-    p_row_scale, p_delta, p_grad_query_means, members, p_grad_query, H, N, M, D, E, blocks, scale,
+    p_row_scale, p_delta, p_grad_query_means, members, p_grad_query,
+    H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
+    QUERY_VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
     HAS_ABSENT: tl.constexpr, MEMBERS: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -390,15 +398,15 @@ def query_kernel(
     i_bh = tl.program_id(0) // blocks
     begin = (tl.program_id(0) % blocks) * (STEPS * BLOCK_N)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_query += i_b * s_qb + i_h * s_qh
-    p_grad += i_b * s_gb + i_h * s_gh
+    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
+    p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_VECTOR)
     dtype: tl.constexpr = p_query.dtype.element_ty
     p_grad_query += i_bh.to(tl.int64) * N * D
     for step in tl.range(0, STEPS):
         first = begin + step * BLOCK_N
         o_n = first + tl.arange(0, BLOCK_N)
-        b_query = load_tokens(p_query, s_qn, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-        b_grad = load_tokens(p_grad, s_gn, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+        b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+        b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
         row = i_bh.to(tl.int64) * N + o_n
         b_grad_query = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for start in tl.range(0, M if MANY else BLOCK_M, BLOCK_M, num_stages=1):

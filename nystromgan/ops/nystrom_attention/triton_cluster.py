@@ -8,8 +8,8 @@ from torch import Tensor
 from nystromgan import _triton
 from nystromgan._triton import dot
 from nystromgan.ops.nystrom_attention import tuning
-from nystromgan.ops.nystrom_attention.triton_forward import absent, load_landmarks, load_tokens
-from nystromgan.ops.nystrom_attention.triton_pool import index_means, index_strides, means_of_sums
+from nystromgan.ops.nystrom_attention.triton_forward import absent, head_of, load_landmarks, load_tokens
+from nystromgan.ops.nystrom_attention.triton_pool import index_means, index_strides, means_of_sums, vector
 
 
 @triton.jit
@@ -31,8 +31,8 @@ def _exact_products(b_token, b_landmark, PRECISION: tl.constexpr):
 @triton.jit
 def lloyd_kernel(
     p_tokens, s_b, s_h, s_n, s_d, p_start, s_ib, s_ih, s_in, p_landmarks, p_absent, p_frozen,
-    p_index, p_sums, p_counts, H, N, M, D, splits,
-    HAS_ABSENT: tl.constexpr, HAS_FROZEN: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
+    p_index, p_sums, p_counts, H, N, M, D: tl.constexpr, splits,
+    VECTOR: tl.constexpr, HAS_ABSENT: tl.constexpr, HAS_FROZEN: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gives each token of one split the landmark with the largest x . m - |m|^2 / 2, the first of equals.
@@ -43,7 +43,7 @@ def lloyd_kernel(
     i_bh = tl.program_id(0) // splits
     i_split = tl.program_id(0) % splits
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_tokens += i_b * s_b + i_h * s_h
+    p_tokens, s_n = head_of(p_tokens, s_b, s_h, s_n, i_b, i_h, VECTOR)
     p_start += i_b * s_ib + i_h * s_ih
     o_d = tl.arange(0, BLOCK_D)
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -99,7 +99,7 @@ def _lloyd_step(
         index if absent is None else absent.contiguous().view(torch.uint8),
         index if frozen is None else frozen.contiguous().view(torch.uint8),
         index, sums, totals, heads, count, num_landmarks, dim, splits,
-        HAS_ABSENT=absent is not None, HAS_FROZEN=frozen is not None, ADD=fused, SPLIT=split,
+        VECTOR=vector(tokens), HAS_ABSENT=absent is not None, HAS_FROZEN=frozen is not None, ADD=fused, SPLIT=split,
         BLOCK_M=block_m, BLOCK_N=config.tokens, BLOCK_D=block_d,
         PRECISION=_triton.precision(tokens.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
         **_triton.FUSED,

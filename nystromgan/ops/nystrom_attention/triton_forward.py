@@ -15,7 +15,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def load_landmarks(p, i_bh, o_m, M, D, BLOCK_D: tl.constexpr):
+def load_landmarks(p, i_bh, o_m, M, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows o_m of a contiguous (B H, M, D) float32 tensor, zero outside."""
     o_d = tl.arange(0, BLOCK_D)
     p += i_bh.to(tl.int64) * M * D
@@ -23,7 +23,14 @@ def load_landmarks(p, i_bh, o_m, M, D, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(p, s_n, s_d, first, valid, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def head_of(p, s_b, s_h, s_n, i_b, i_h, VECTOR: tl.constexpr):
+    """The tokens of one head and their stride, which the compiler learns are multiples of VECTOR elements: a load may
+    take as many at once."""
+    return p + (i_b * (s_b // VECTOR * VECTOR) + i_h * (s_h // VECTOR * VECTOR)), s_n // VECTOR * VECTOR
+
+
+@triton.jit
+def load_tokens(p, s_n, s_d, first, valid, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """BLOCK_N tokens of one head from `first`, zero where not `valid`, which may hold anything.
 
     Only the first token's offset takes 64 bits: within a tile 32 do, in half the registers.
@@ -34,7 +41,7 @@ def load_tokens(p, s_n, s_d, first, valid, D, BLOCK_N: tl.constexpr, BLOCK_D: tl
 
 
 @triton.jit
-def store_tokens(p, first, tile, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_tokens(p, first, tile, N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes BLOCK_N tokens of one head, contiguous (N, D), from `first`."""
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     p += tl.cast(first, tl.int64) * D
@@ -53,7 +60,8 @@ def absent(p_mask, i_b, o_m, M, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def core_rows(
-    p_query_means, p_key_means, query_absent, key_absent, i_bh, o_r, o_c, M, D, scale, BLOCK_D: tl.constexpr
+    p_query_means, p_key_means, query_absent, key_absent, i_bh, o_r, o_c, M, D: tl.constexpr, scale,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows o_r of A over all columns o_c."""
     o_d = tl.arange(0, BLOCK_D)
@@ -79,7 +87,7 @@ def core_rows(
 
 @triton.jit
 def core_kernel(
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, H, M, D, scale, row_blocks,
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, H, M, D: tl.constexpr, scale, row_blocks,
     HAS_ABSENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A alone, ROWS rows a program: where its inverse takes launches of its own."""
@@ -96,7 +104,7 @@ def core_kernel(
 
 @triton.jit
 def core_inverse(
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates, i_bh, H, M, D, scale,
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates, i_bh, H, M, D: tl.constexpr, scale,
     HAS_ABSENT: tl.constexpr, ITERATIONS: tl.constexpr, CHIP: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +136,8 @@ def core_inverse(
 def landmark_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
     p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates,
-    p_sums, p_largest, p_totals, H, S, M, D, E, splits, m_blocks, scale,
+    p_sums, p_largest, p_totals, H, S, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
+    KEY_VECTOR: tl.constexpr, VALUE_VECTOR: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, ITERATIONS: tl.constexpr,
     CHIP: tl.constexpr, BLOCK_C: tl.constexpr, CORE_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -150,8 +159,8 @@ def landmark_kernel(
         i_split = i // m_blocks
         o_m = (i % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-        p_key += i_b * s_kb + i_h * s_kh
-        p_value += i_b * s_vb + i_h * s_vh
+        p_keys, s_keys = head_of(p_key, s_kb, s_kh, s_kn, i_b, i_h, KEY_VECTOR)
+        p_values, s_values = head_of(p_value, s_vb, s_vh, s_vn, i_b, i_h, VALUE_VECTOR)
         b_query = load_landmarks(p_query_means, i_bh, o_m, M, D, BLOCK_D).to(p_key.dtype.element_ty)  # (M, D)
         b_largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         b_total = tl.zeros((BLOCK_M,), tl.float32)
@@ -162,8 +171,8 @@ def landmark_kernel(
             valid = o_n < S
             if HAS_MASK:
                 valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
-            b_key = load_tokens(p_key, s_kn, s_kd, first, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-            b_value = load_tokens(p_value, s_vn, s_vd, first, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+            b_key = load_tokens(p_keys, s_keys, s_kd, first, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+            b_value = load_tokens(p_values, s_values, s_vd, first, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
             logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             logits = tl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
             largest = tl.maximum(b_largest, tl.max(logits, 1))
@@ -183,7 +192,7 @@ def landmark_kernel(
 @triton.jit
 def mix_kernel(
     p_sums, p_largest, p_totals, p_pinv, s_pinv, p_query_absent, p_exact, p_exact_mixed,
-    p_context, p_mixed, p_lse, H, M, E, splits, row_blocks, e_blocks,
+    p_context, p_mixed, p_lse, H, M, E: tl.constexpr, splits, row_blocks, e_blocks,
     HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -233,7 +242,9 @@ def mix_kernel(
 
 @triton.jit
 def output_kernel(
-    p_query, s_qb, s_qh, s_qn, s_qd, p_key_means, p_mixed, p_key_absent, p_output, H, N, M, D, E, blocks, scale,
+    p_query, s_qb, s_qh, s_qn, s_qd, p_key_means, p_mixed, p_key_absent, p_output,
+    H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
+    QUERY_VECTOR: tl.constexpr,
     HAS_ABSENT: tl.constexpr, STEPS: tl.constexpr, MANY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -241,7 +252,7 @@ def output_kernel(
     i_bh = tl.program_id(0) // blocks
     first = (tl.program_id(0) % blocks) * (STEPS * BLOCK_N)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_query += i_b * s_qb + i_h * s_qh
+    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
     p_output += i_bh.to(tl.int64) * N * E
     dtype: tl.constexpr = p_query.dtype.element_ty
     o_m = tl.arange(0, BLOCK_M)
@@ -251,7 +262,7 @@ def output_kernel(
     for step in tl.range(0, STEPS):
         start_n = first + step * BLOCK_N
         valid = start_n + tl.arange(0, BLOCK_N) < N
-        b_query = load_tokens(p_query, s_qn, s_qd, start_n, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+        b_query = load_tokens(p_queries, s_queries, s_qd, start_n, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
         logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         logits = tl.where(beyond[None, :], float("-inf"), logits * (scale * LOG2E))
         largest = tl.max(logits, 1)

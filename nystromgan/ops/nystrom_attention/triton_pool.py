@@ -3,6 +3,7 @@
 Letters: B batch, H heads, N tokens, M landmarks, D head dim; `docs/notation.md`.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from nystromgan import _triton
 from nystromgan._triton import dot
 from nystromgan.ops.nystrom_attention import tuning
-from nystromgan.ops.nystrom_attention.triton_forward import load_tokens
+from nystromgan.ops.nystrom_attention.triton_forward import head_of, load_tokens
 
 
 @triton.jit
@@ -62,8 +63,8 @@ def membership(members, i_b, i_h, o_n, valid, MEMBERS: tl.constexpr):
 def block_mean_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, q0, q1, q2,
     p_key, s_kb, s_kh, s_kn, s_kd, k0, k1, k2,
-    p_query_means, p_key_means, H, M, D, c0, c1, c2, programs,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_query_means, p_key_means, H, M, D: tl.constexpr, c0, c1, c2, programs,
+    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The mean of one block of tokens a program: `programs` of queries, then as many of keys."""
     pid = tl.program_id(0)
@@ -78,7 +79,7 @@ def block_mean_kernel(
     first0, size0 = _range_of(m // (c1 * c2), g0, c0)
     first1, size1 = _range_of((m // c2) % c1, g1, c1)
     first2, size2 = _range_of(m % c2, g2, c2)
-    p += (i_bh // H).to(tl.int64) * s_b + (i_bh % H).to(tl.int64) * s_h
+    p, s_n = head_of(p, s_b, s_h, s_n, (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), VECTOR)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     count = size0 * size1 * size2
@@ -99,7 +100,7 @@ def block_mean_kernel(
 @triton.jit
 def index_sum_kernel(
     p_tokens, s_b, s_h, s_n, s_d, p_index, s_ib, s_ih, s_in, p_sums, p_counts,
-    H, N, M, D, splits, m_blocks, SPLIT: tl.constexpr,
+    H, N, M, D: tl.constexpr, splits, m_blocks, VECTOR: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums and counts of BLOCK_M landmarks over one split of the tokens: a one-hot product."""
@@ -109,7 +110,7 @@ def index_sum_kernel(
     o_m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_tokens += i_b * s_b + i_h * s_h
+    p_tokens, s_n = head_of(p_tokens, s_b, s_h, s_n, i_b, i_h, VECTOR)
     p_index += i_b * s_ib + i_h * s_ih
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b_count = tl.zeros((BLOCK_M,), tl.float32)
@@ -128,7 +129,7 @@ def index_sum_kernel(
 
 @triton.jit
 def mean_kernel(
-    p_sums, p_counts, p_fallback, p_means, M, D, splits, m_blocks,
+    p_sums, p_counts, p_fallback, p_means, M, D: tl.constexpr, splits, m_blocks,
     FALLBACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits' sums in their order; an empty landmark gets zeros, or its row of p_fallback."""
@@ -171,6 +172,11 @@ def index_strides(index: Tensor) -> tuple[int, int, int]:
     return tuple(0 if size == 1 else stride for size, stride in zip(index.shape, index.stride(), strict=True))  # type: ignore[return-value]
 
 
+def vector(tokens: Tensor) -> int:
+    """The most elements, up to 16 bytes, of which every row of tokens (B, H, N, D) begins at a multiple."""
+    return math.gcd(16 // tokens.element_size(), *tokens.stride()[:3]) if tokens.stride(3) == 1 else 1
+
+
 def three_axes(axes: Sequence[int]) -> tuple[int, ...]:
     """The sizes of at most three axes as (T, H, W)."""
     return (1,) * (3 - len(axes)) + tuple(axes)
@@ -185,8 +191,8 @@ def block_means(query: Tensor, key: Tensor, layout: tuple, num_landmarks: int) -
     programs = batch * heads * num_landmarks
     block_mean_kernel[(2 * programs,)](
         query, *query.stride(), *query_grid, key, *key.stride(), *key_grid, means[0], means[1],
-        heads, num_landmarks, dim, *counts, programs, BLOCK_N=max(16, 4096 // block_d), BLOCK_D=block_d,
-        num_warps=4, **_triton.FUSED,
+        heads, num_landmarks, dim, *counts, programs, VECTOR=min(vector(query), vector(key)),
+        BLOCK_N=max(16, 4096 // block_d), BLOCK_D=block_d, num_warps=4, **_triton.FUSED,
     )  # fmt: skip
     return means[0], means[1]
 
@@ -204,8 +210,8 @@ def index_means(tokens: Tensor, index: Tensor, num_landmarks: int, fallback: Ten
     totals = tokens.new_empty(batch * heads, splits, num_landmarks, dtype=torch.float32)
     index_sum_kernel[(batch * heads * splits * m_blocks,)](
         tokens, *tokens.stride(), index, *index_strides(index), sums, totals,
-        heads, count, num_landmarks, dim, splits, m_blocks, SPLIT=split, BLOCK_M=block_m, BLOCK_D=block_d,
-        BLOCK_N=config.tokens, PRECISION=_triton.precision(tokens.dtype),
+        heads, count, num_landmarks, dim, splits, m_blocks, VECTOR=vector(tokens), SPLIT=split,
+        BLOCK_M=block_m, BLOCK_N=config.tokens, BLOCK_D=block_d, PRECISION=_triton.precision(tokens.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages, **_triton.FUSED,
     )  # fmt: skip
     return means_of_sums(sums, totals, (batch, heads, num_landmarks, dim), fallback)
