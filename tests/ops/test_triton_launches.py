@@ -84,6 +84,7 @@ def test_every_launch_says_whether_products_are_fused(monkeypatch: pytest.Monkey
         maps.spatiotemporal_attention_backward(output, maps_, maps_, maps_, None, None, output, lse, 1.0, False)
         sigma, _ = power.power_iteration(weights, vectors, vectors, 1, 1e-12)
         power.spectral_normalize(weights, sigma, weights)
+        power.spectral_normalize_backward(weights, weights, sigma, torch.cat([*vectors, *vectors]), weights)
     assert_fused(launches)
 
 

@@ -295,8 +295,10 @@ def spectral_normalize_backward(
         grads, made, targets = (tuple(x[i] for i in group) for x in (grad_outputs, outputs, grad_weights))
         dots = uv.new_empty(programs)
         with _triton.launch_on(sigma):
-            _normalize_dots_kernel[(programs,)](grads, made, dots, plan, ELEMENTS)
-            _normalize_gradient_kernel[(programs,)](grads, targets, dots, sigma, uv, plan, ELEMENTS, PARTS)
+            _normalize_dots_kernel[(programs,)](grads, made, dots, plan, ELEMENTS, **_triton.FUSED)
+            _normalize_gradient_kernel[(programs,)](
+                grads, targets, dots, sigma, uv, plan, ELEMENTS, PARTS, **_triton.FUSED
+            )
 
 
 def _groups(*tensors: Sequence[Tensor]) -> list[list[int]]:
