@@ -2,8 +2,12 @@
 //
 //   Z_0 = A^T / c,  X = A Z,  T1 = 7 I - X,  T2 = 15 I - X T1,  T3 = 13 I - X T2,  Z <- 1/4 Z T3
 //
-// A square is [m, ld] with ld = square_ld(m), zero in its last columns. Gradients are kept transposed: then every product
-// of the backward finds its right operand in rows, and none is copied.
+// A square is [m, ld] with ld = square_ld(m), zero in its last columns. Gradients of A and Z are kept transposed.
+//
+// The backward goes forward. While c stays, Z = A^T f(A A^T) for a polynomial f, so Z^T is the gradient in A of a number,
+// tr P(A A^T) with 2 P' = f, and the derivative of a gradient is its own adjoint: dA = (Z')^T for a gradient G of Z, where
+// Z' is the derivative of Z as A moves along A' = G^T. X' = A' Z + A Z', T2' and T3' are symmetric as X, T2 and T3 are:
+// 5 products a step, where the way back takes 8. And Z(t A, t^2 c) = Z(A, c) / t gives d c = -(<G, Z> + <A, dA>) / 2c.
 #pragma once
 
 #include "engine.h"
@@ -43,12 +47,12 @@ inline void shared(ParallelRun team, int64_t tasks, Body body) {
   else parallel(team, tasks, body);
 }
 
-// Of n rows of blocks below a diagonal, the t-th when each short one follows a long one: any half of them is half the work.
-inline int64_t long_with_short(int64_t t, int64_t n) { return t % 2 == 0 ? n - 1 - t / 2 : t / 2; }
-
 #if defined(__AMX_BF16__)
 // Where tiles take less time than vectors, packing included.
 inline bool suits_tiles(int64_t rows, int64_t cols, int64_t k) { return min(rows, min(cols, k)) >= 96; }
+
+// Of n rows of blocks below a diagonal, the t-th when each short one follows a long one: any half of them is half the work.
+inline int64_t long_with_short(int64_t t, int64_t n) { return t % 2 == 0 ? n - 1 - t / 2 : t / 2; }
 
 // 128 k at a time: so much of B stays in L2, and of a strip of A in L1. With `lower`, blocks above the diagonal are left out.
 template <bool accumulate, bool lower, class Finish>
@@ -83,10 +87,23 @@ inline void tile_product(
 }
 #endif
 
+// Not inlined: amid the registers of a larger function the loop of 12 products takes 30 instructions in the place of 24.
+template <bool accumulate>
+__attribute__((noinline)) inline void multiply_block(
+    int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  multiply_float<accumulate>(rows, cols, k, a, b, ldb, c, ldc);
+}
+
+// Row above which lie t of n equal parts of the triangle below a diagonal.
+inline int64_t triangle_row(int64_t rows, int64_t t, int64_t n) {
+  return static_cast<int64_t>(static_cast<double>(rows) * __builtin_sqrt(static_cast<double>(t) / static_cast<double>(n)));
+}
+
 // C = A B or C += A B, shared by a team of threads when there is one; then finish(first, rows) on each thread's rows, while
-// they are in its cache. Blocks of 128 k keep a panel of B in L1. With `lower`, what lies above the diagonal is not written,
-// but for some columns beside it.
-template <bool accumulate, bool lower, class Finish>
+// they are in its cache. Sums over blocks of 64 k round 0.75 times as badly as over 128, at 0.93 (512 rows) to 1.03 times
+// the time. With `lower`, what lies above the diagonal is not written, but for some columns beside it: panel by panel, the
+// rows from the diagonal on, which reads B once.
+template <bool accumulate, bool lower = false, class Finish>
 inline void product(
     ParallelRun team, int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c,
     int64_t ldc, Finish finish) {
@@ -94,47 +111,28 @@ inline void product(
   if (suits_tiles(rows, cols, k))
     return tile_product<accumulate, lower>(team, rows, cols, k, a, b, ldb, c, ldc, finish);
 #endif
-  constexpr int64_t kBlockRows = 12, kBlockK = 128;
+  constexpr int64_t kBlockRows = 12, kBlockK = 64, kPanel = 2 * kLanes;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
-  auto part = [&](int64_t first, int64_t count) {
-    const int64_t width = lower ? min(cols, round_up(first + count, kLanes)) : cols;
-    for (int64_t i = 0; i < k; i += kBlockK) {
-      const StridedMatrix block{a.data + first * a.row_stride + i * a.k_stride, a.row_stride, a.k_stride};
-      const int64_t depth = min(kBlockK, k - i);
-      if (accumulate || i > 0)
-        multiply_float<true>(count, width, depth, block, b + i * ldb, ldb, c + first * ldc, ldc);
-      else
-        multiply_float<false>(count, width, depth, block, b + i * ldb, ldb, c + first * ldc, ldc);
-    }
-    finish(first, count);
-  };
   shared(team, blocks, [&](int64_t begin, int64_t end) {
-    if (!lower) return part(begin * kBlockRows, min(end * kBlockRows, rows) - begin * kBlockRows);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = kBlockRows * long_with_short(t, blocks);
-      part(first, min(kBlockRows, rows - first));
-    }
+    const int64_t first = lower ? triangle_row(rows, begin, blocks) : begin * kBlockRows;
+    const int64_t last = lower ? triangle_row(rows, end, blocks) : min(end * kBlockRows, rows);
+    const int64_t width = lower ? last : cols, panel = lower ? kPanel : cols;
+    for (int64_t i = 0; i < k; i += kBlockK)
+      for (int64_t col = 0; col < width; col += panel) {
+        const int64_t top = lower ? max(first, col) : first, count = min(panel, width - col), depth = min(kBlockK, k - i);
+        const StridedMatrix block{a.data + top * a.row_stride + i * a.k_stride, a.row_stride, a.k_stride};
+        const auto multiply = accumulate || i > 0 ? multiply_block<true> : multiply_block<false>;
+        multiply(last - top, count, depth, block, b + i * ldb + col, ldb, c + top * ldc + col, ldc);
+      }
+    finish(first, last - first);
   });
 }
 
-template <bool accumulate, class Finish>
-inline void product(
-    ParallelRun team, int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c,
-    int64_t ldc, Finish finish) {
-  product<accumulate, false>(team, rows, cols, k, a, b, ldb, c, ldc, finish);
-}
-
-template <bool accumulate>
+template <bool accumulate, bool lower = false>
 inline void product(
     ParallelRun team, int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c,
     int64_t ldc) {
-  product<accumulate>(team, rows, cols, k, a, b, ldb, c, ldc, [](int64_t, int64_t) {});
-}
-
-template <bool accumulate = false>
-inline void square_product(ParallelRun team, int64_t m, const float* a, const float* b, float* c) {
-  const int64_t ld = square_ld(m);
-  product<accumulate>(team, m, m, m, {a, ld, 1}, b, ld, c, ld);
+  product<accumulate, lower>(team, rows, cols, k, a, b, ldb, c, ldc, [](int64_t, int64_t) {});
 }
 
 // Rows of dst = diagonal I - src, on squares.
@@ -163,6 +161,13 @@ inline void mirror(int64_t m, int64_t i, float* c) {
   }
 }
 
+// The same for all rows. Above the diagonal alone is written, and below it read, so that no thread waits for another.
+inline void mirror(ParallelRun team, int64_t m, float* c) {
+  shared(team, (m + kLanes - 1) / kLanes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) mirror(m, i, c);
+  });
+}
+
 // c = a b, then dst = diagonal I - c, of squares whose product is symmetric: half the work. c may be dst.
 inline void symmetric_product(
     ParallelRun team, int64_t m, const float* a, const float* b, float* c, float diagonal, float* dst) {
@@ -170,13 +175,23 @@ inline void symmetric_product(
   product<false, true>(team, m, m, m, {a, ld, 1}, b, ld, c, ld, [&](int64_t first, int64_t rows) {
     subtract_from_identity(m, diagonal, c, dst, first, rows);
   });
-  // Above the diagonal alone is written here, and below it read, so that no thread waits for another.
-  shared(team, (m + kLanes - 1) / kLanes, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      mirror(m, i, c);
-      if (dst != c) mirror(m, i, dst);
-    }
-  });
+  mirror(team, m, c);
+  if (dst != c) mirror(team, m, dst);
+}
+
+// c = a b + d e of squares, then finish(first, rows); half the work where the sum is `symmetric`.
+template <class Finish>
+inline void sum_of_products(
+    ParallelRun team, int64_t m, const float* a, const float* b, const float* d, const float* e, bool symmetric, float* c,
+    Finish finish) {
+  const int64_t ld = square_ld(m);
+  if (!symmetric) {
+    product<false>(team, m, m, m, {a, ld, 1}, b, ld, c, ld);
+    return product<true>(team, m, m, m, {d, ld, 1}, e, ld, c, ld, finish);
+  }
+  product<false, true>(team, m, m, m, {a, ld, 1}, b, ld, c, ld);
+  product<true, true>(team, m, m, m, {d, ld, 1}, e, ld, c, ld, finish);
+  mirror(team, m, c);
 }
 
 inline void scale_in_place(int64_t size, float factor, float* x) {
@@ -326,7 +341,7 @@ inline void pinv_apply(
   } else {
     const bool whole = kThinRatio * e >= m;
     float* x = z + square_size(m);  // X's place in the chain
-    if (whole) square_product(team, m, a, z, x);
+    if (whole) product<false>(team, m, m, m, {a, ld, 1}, z, ld, x, ld);
     auto times_x = [&](const float* from) {  // t = X from
       if (!whole) product<false>(team, m, lde, m, {z, ld, 1}, from, lde, zt, lde);
       product<false>(team, m, lde, m, {whole ? x : a, ld, 1}, whole ? from : zt, lde, result, lde);
@@ -344,44 +359,54 @@ inline void pinv_apply(
   for (int64_t r = 0; r < m; ++r) memcpy(w + r * e, result + r * lde, e * sizeof(float));
 }
 
-// A step's backward behind grad_t3: grad_a and grad_z (both transposed) gain their parts. `scratch` holds three squares.
-inline void pinv_factors_backward(
-    ParallelRun team, int64_t m, const float* a, PinvStep step, const float* grad_t3, float* grad_z, float* grad_a,
-    float* scratch) {
+// Z' of the next step from a step's; `scratch` holds three squares.
+inline void pinv_advance_tangent(
+    ParallelRun team, int64_t m, const float* a, const float* tangent_a, PinvStep step, bool symmetric,
+    const float* tangent_z, float* next, float* scratch) {
   const int64_t size = square_size(m), ld = square_ld(m);
-  float *grad_x = scratch, *minus_grad_t2 = scratch + size, *minus_t1 = scratch + 2 * size;
-  memcpy(minus_t1, step.x, size * sizeof(float));
-  for (int64_t r = 0; r < m; ++r) minus_t1[r * ld + r] -= 7.0f;
-  square_product(team, m, step.t2, grad_t3, grad_x);
-  square_product(team, m, grad_t3, step.x, minus_grad_t2);
-  square_product<true>(team, m, minus_t1, minus_grad_t2, grad_x);
-  product<true>(team, m, m, m, {minus_grad_t2, ld, 1}, step.x, ld, grad_x, ld, [&](int64_t first, int64_t rows) {
-    scale_in_place(rows * ld, -1.0f, grad_x + first * ld);
+  float *x = scratch, *t2 = scratch + size, *t3 = scratch + 2 * size;  // X', T2', T3'
+  sum_of_products(team, m, tangent_a, step.z, a, tangent_z, symmetric, x, [](int64_t, int64_t) {});
+  sum_of_products(team, m, x, step.x, step.x, x, symmetric, t2, [&](int64_t first, int64_t rows) {
+    for (int64_t i = first * ld; i < (first + rows) * ld; i += kLanes) store(t2 + i, load(t2 + i) - 7.0f * load(x + i));
   });
-  square_product<true>(team, m, step.z, grad_x, grad_a);
-  square_product<true>(team, m, grad_x, a, grad_z);
+  sum_of_products(team, m, x, step.t2, step.x, t2, symmetric, t3, [&](int64_t first, int64_t rows) {
+    scale_in_place(rows * ld, -1.0f, t3 + first * ld);
+  });
+  sum_of_products(team, m, tangent_z, step.t3, step.z, t3, false, next, [&](int64_t first, int64_t rows) {
+    scale_in_place(rows * ld, 0.25f, next + first * ld);
+  });
 }
 
-// Goes back through `steps` kept steps: grad_z (transposed) of the last Z becomes that of Z_0, and grad_a (transposed)
-// gains the gradient through the products with A. `scratch` holds five squares.
-inline void pinv_chain_backward(
-    ParallelRun team, int64_t m, const float* a, int64_t steps, float* chain, float* grad_z, float* grad_a,
-    float* scratch) {
-  const int64_t size = square_size(m);
-  float *grad_t3 = scratch, *previous = scratch + size;
-  for (int64_t i = steps - 1; i >= 0; --i) {
-    const PinvStep step = pinv_step(chain, m, i);
-    const int64_t ld = square_ld(m);
-    auto quarter = [&](const float* left, const float* right, float* to) {  // to = 1/4 left right
-      product<false>(team, m, m, m, {left, ld, 1}, right, ld, to, ld, [&](int64_t first, int64_t rows) {
-        scale_in_place(rows * ld, 0.25f, to + first * ld);
-      });
-    };
-    quarter(grad_z, step.z, grad_t3);
-    quarter(step.t3, grad_z, previous);
-    memcpy(grad_z, previous, size * sizeof(float));
-    pinv_factors_backward(team, m, a, step, grad_t3, grad_z, grad_a, scratch + 2 * size);
+// <x, y> of squares.
+inline float inner(int64_t m, const float* x, const float* y) {
+  float total = 0;
+  for (int64_t r = 0; r < m; ++r) {
+    Vec sum{};
+    for (int64_t i = r * square_ld(m); i < r * square_ld(m) + round_up(m, kLanes); i += kLanes)
+      sum += load(x + i) * load(y + i);  // products leave the rest unwritten
+    total += reduce_add(sum);
   }
+  return total;
+}
+
+// Through `steps` kept steps of `all`: from grad_z (transposed) of the last Z, grad_a (transposed) gains A's gradient.
+// Returns d c, the gradient of c. `scratch` holds five squares.
+inline float pinv_chain_backward(
+    ParallelRun team, int64_t m, const float* a, float c, int64_t steps, int64_t all, float* chain, const float* grad_z,
+    float* grad_a, float* scratch) {
+  const int64_t size = square_size(m), ld = square_ld(m);
+  float *tangent = scratch, *next = scratch + size;
+  scaled_transpose(m, m, 1.0f / c, grad_z, ld, tangent, ld);
+  const float from_z = inner(m, tangent, pinv_step(chain, m, steps).z);  // <G, Z> / c
+  for (int64_t i = 0; i < steps; ++i) {
+    const bool symmetric = is_symmetric_step(m, i, all);
+    pinv_advance_tangent(team, m, a, grad_z, pinv_step(chain, m, i), symmetric, tangent, next, scratch + 2 * size);
+    float* const done = tangent;
+    tangent = next, next = done;
+  }
+  const float from_a = inner(m, tangent, pinv_step(chain, m, 0).z);  // <A, dA> / c
+  for (int64_t i = 0; i < size; i += kLanes) store(grad_a + i, load(grad_a + i) + load(tangent + i));
+  return -0.5f * (from_z + from_a);
 }
 
 // The backward of the last step on thin matrices, w = 1/4 Z t3 with t1 = 7 y - A Z y, t2 = 15 y - A Z t1, t3 = 13 y - A Z t2:
@@ -437,17 +462,19 @@ inline void pinv_last_step_backward(
   product<true>(team, m, ld, wide - n, {part(zt, 1), wide, 1}, transposed, ld, grad_a, ld);
 }
 
-// The backward of pinv_apply, w = Z y: from grad_w [m, e] gives grad_y [m, e], grad_z (transposed) of Z_0, and adds to
-// grad_a (transposed). `chain` holds 4 (steps + 1) squares, `scratch` five.
-inline void pinv_apply_backward(
+// The backward of pinv_apply, w = Z y: from grad_w [m, e] gives grad_y [m, e], and adds to grad_a (transposed). Returns
+// d c. `chain` holds 4 (steps + 1) squares, `scratch` five.
+inline float pinv_apply_backward(
     ParallelRun team, int64_t m, const float* a, float c, int64_t steps, const float* y, const float* grad_w, int64_t e,
-    float* grad_y, float* grad_z, float* grad_a, float* chain, float* scratch) {
+    float* grad_y, float* grad_a, float* chain, float* scratch) {
+  const int64_t ld = square_ld(m);
+  Scratch grad_z(m * ld);
   if (steps > 0 && kThinRatio * e < m) {
     const float* z = pinv_chain(team, m, a, c, steps - 1, steps, true, chain, scratch);
     pinv_last_step_backward(team, m, a, z, y, grad_w, e, grad_y, grad_z, grad_a);
-    return pinv_chain_backward(team, m, a, steps - 1, chain, grad_z, grad_a, scratch);
+    return pinv_chain_backward(team, m, a, c, steps - 1, steps, chain, grad_z, grad_a, scratch);
   }
-  const int64_t ld = square_ld(m), lde = round_up(e, kLanes);
+  const int64_t lde = round_up(e, kLanes);
   Scratch padded(m * lde), transposed(e * ld), result(m * lde);
   const float* z = pinv_chain(team, m, a, c, steps, steps, true, chain, scratch);
   pad_columns(m, e, grad_w, padded);
@@ -455,26 +482,7 @@ inline void pinv_apply_backward(
   for (int64_t r = 0; r < m; ++r) memcpy(grad_y + r * e, result + r * lde, e * sizeof(float));
   scaled_transpose(m, e, 1.0f, grad_w, e, transposed, ld);
   product<false>(team, m, ld, e, {y, e, 1}, transposed, ld, grad_z, ld);  // (dW y^T)^T
-  pinv_chain_backward(team, m, a, steps, chain, grad_z, grad_a, scratch);
-}
-
-// The gradient of A from that of Z_0 = A^T / c and from grad_a, both transposed: grad [m, ld] = grad_a^T + grad_z / c.
-// Returns d c, the gradient of c.
-inline float pinv_start_backward(
-    int64_t m, const float* a, float c, const float* grad_z, const float* grad_a, float* grad) {
-  const int64_t ld = square_ld(m);
-  scaled_transpose(m, m, 1.0f, grad_a, ld, grad, ld);
-  float dot = 0;
-  for (int64_t r = 0; r < m; ++r) {
-    Vec sum{};
-    for (int64_t i = r * ld; i < r * ld + round_up(m, kLanes); i += kLanes) {  // products leave the rest unwritten
-      const Vec part = load(grad_z + i) / c;
-      store(grad + i, load(grad + i) + part);
-      sum += part * load(a + i);
-    }
-    dot += reduce_add(sum);
-  }
-  return -dot / c;
+  return pinv_chain_backward(team, m, a, c, steps, steps, chain, grad_z, grad_a, scratch);
 }
 
 // Adds the gradient of a norm |A|_1 (a column's sum) or |A|_inf (a row's): factor * sign(A) along the line where it is.

@@ -75,8 +75,8 @@ void backward(const PinvBackward& p) {
     memset(grad_a, 0, size * sizeof(float));
     const float c = initial_scale(norm.column(i), norm.row(i));
     pinv_chain(team, m, a, c, steps, steps, true, chain, scratch);
-    pinv_chain_backward(team, m, a, steps, chain, grad_z, grad_a, scratch);
-    grad_scale[i] = pinv_start_backward(m, a, c, grad_z, grad_a, grad);
+    grad_scale[i] = pinv_chain_backward(team, m, a, c, steps, steps, chain, grad_z, grad_a, scratch);
+    scaled_transpose(m, m, 1.0f, grad_a, square_ld(m), grad, square_ld(m));
     if (!p.forward.global_init) add_norms(i, a, grad_scale[i], true, true, grad);
     store_square(m, grad, p.grad_matrix + i * m * m);
   });

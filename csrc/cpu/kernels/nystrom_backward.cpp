@@ -110,15 +110,16 @@ struct Backward {
   // Through W = Z (G V): d(G V), and into grad_core [M, ld] the gradient of A but for its norms' part; returns d c.
   float core_backward(int64_t i, const CoreNorms& global, ParallelRun team, float* grad_core) const {
     const int64_t size = square_size(m), steps = p.pinv_iterations;
-    Scratch core(size), chain(4 * (steps + 1) * size), scratch(5 * size), grad_z(size), grad_a(size);
+    Scratch core(size), chain(4 * (steps + 1) * size), scratch(5 * size), grad_a(size);
     make_core(p, i, core);
     const Norms norm = global.of(norms(m, core, scratch));
     const float c = initial_scale(norm.column, norm.row);
     memset(grad_a, 0, size * sizeof(float));
-    pinv_apply_backward(
-        team, m, core, c, steps, p.context + i * m * e, grad_mixed + i * m * e, e, grad_context + i * m * e, grad_z,
-        grad_a, chain, scratch);
-    return pinv_start_backward(m, core, c, grad_z, grad_a, grad_core);
+    const float grad_c = pinv_apply_backward(
+        team, m, core, c, steps, p.context + i * m * e, grad_mixed + i * m * e, e, grad_context + i * m * e, grad_a, chain,
+        scratch);
+    scaled_transpose(m, m, 1.0f, grad_a, square_ld(m), grad_core, square_ld(m));
+    return grad_c;
   }
 
   // Adds grad_c to A's gradient through the norms that are i's own.
