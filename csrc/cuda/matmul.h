@@ -42,7 +42,7 @@ DEVICE void copy_panel(float* target, const Source<TRANSPOSED>& x, int row, int 
   }
 }
 
-// This warp's 32 x 32 part of rows [row, row + 64) and columns [column, column + 64) of A B.
+// This warp's 32 x 32 part of rows [row, row + 64) and columns [column, column + 64) of a product.
 struct TilePart {
   Fragment x[2][4];
 };
@@ -51,7 +51,7 @@ DEVICE int part_row() { return warp_index() / 2 * 32; }
 DEVICE int part_column() { return warp_index() % 2 * 32; }
 
 template <bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
-DEVICE void multiply_tile(TilePart& c, const Source<LEFT_TRANSPOSED>& a, const Source<RIGHT_TRANSPOSED>& b, int row,
+DEVICE void add_tile(TilePart& c, const Source<LEFT_TRANSPOSED>& a, const Source<RIGHT_TRANSPOSED>& b, int row,
                           int column) {
   float* s_a = reinterpret_cast<float*>(shared_memory());
   float* s_b = s_a + kTileStages * kTileFloats;
@@ -64,8 +64,6 @@ DEVICE void multiply_tile(TilePart& c, const Source<LEFT_TRANSPOSED>& a, const S
     }
     commit_copies();
   };
-  UNROLL
-  for (int i = 0; i < 2; ++i) clear(c.x[i]);
   sync_block();  // another product may still read
   for (int step = 0; step < kTileStages - 1; ++step) copy_step(step);
   for (int step = 0; step < steps; ++step) {
@@ -87,6 +85,14 @@ DEVICE void multiply_tile(TilePart& c, const Source<LEFT_TRANSPOSED>& a, const S
     }
   }
   wait_copies<0>();
+}
+
+template <bool LEFT_TRANSPOSED, bool RIGHT_TRANSPOSED>
+DEVICE void multiply_tile(TilePart& c, const Source<LEFT_TRANSPOSED>& a, const Source<RIGHT_TRANSPOSED>& b, int row,
+                          int column) {
+  UNROLL
+  for (int i = 0; i < 2; ++i) clear(c.x[i]);
+  add_tile(c, a, b, row, column);
 }
 
 // Calls body(row, column, x) for every element of the tile that this lane holds.

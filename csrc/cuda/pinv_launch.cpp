@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kTileThreads = 128, kStartThreads = 256, kTile = 64;
 constexpr size_t kMatmulSharedBytes = 2 * 3 * 64 * 36 * 4, kMostStartBytes = 2 * 512 * 4;
-constexpr int64_t kWorkMatrices = 6, kMostChip = 128, kMostChipBackward = 64;
+constexpr int64_t kMostChip = 128, kMostChipBackward = 64;
 
 constexpr int kClusterThreads = 256;
 constexpr int64_t kClusterRows = 32, kLeastCluster = 33, kMostCluster = 256;
@@ -95,8 +95,8 @@ void launch_pinv(const Tensor& on, const float* matrix, float* inverse, int64_t 
     const Tensor norms = norms_of(on, matrix, count, size);
     PinvTiled problem = tiled(matrix, norms, count, size, iterations, global_init);
     const int64_t floats_each = static_cast<int64_t>(problem.padded_size) * problem.padded_size;
-    const Tensor work = floats(on, count * floats_each * (1 + kPinvIterates));
-    problem.inverse = inverse, problem.padded = room(work), problem.iterates = room(work) + count * floats_each;
+    const Tensor work = floats(on, count * floats_each * kPinvMatrices);
+    problem.inverse = inverse, problem.work = room(work);
     return launch_tiled(kernel_pinv_tiled_forward, problem, on);
   }
   const Tensor norms = global_init ? norms_of(on, matrix, count, size) : floats(on, 0);
@@ -110,29 +110,27 @@ void launch_pinv(const Tensor& on, const float* matrix, float* inverse, int64_t 
 
 void launch_pinv_backward(const Tensor& on, const float* grad_output, const float* matrix, float* grad_matrix,
                           int64_t count, int64_t size, int64_t iterations, bool global_init) {
-  const Tensor grad_start = floats(on, count * size * size);
+  const Tensor inverse = floats(on, count * size * size);
   const bool chip = size <= kMostChipBackward;
   const Tensor norms = chip && !global_init ? floats(on, 0) : norms_of(on, matrix, count, size);
   if (chip) {
     const int64_t block = block_of(size);
-    const Tensor iterates = floats(on, count * kPinvIterates * iterations * block * block);
     PinvChip problem{};
     problem.matrix = matrix, problem.norms = global_init ? room(norms) : nullptr, problem.grad_output = grad_output;
-    problem.iterates = room(iterates), problem.grad_matrix = grad_matrix, problem.grad_start = room(grad_start);
+    problem.inverse = room(inverse), problem.grad_matrix = grad_matrix;
     problem.count = count, problem.size = static_cast<int>(size), problem.iterations = static_cast<int>(iterations);
     const Kernel& kernel = block == 32 ? kernel_pinv_chip_backward_32 : kernel_pinv_chip_backward_64;
-    launch(kernel, {count, static_cast<int>(2 * block), slots(9, block)}, &problem, on);
+    launch(kernel, {count, static_cast<int>(2 * block), slots(6, block)}, &problem, on);
   } else {
     PinvTiled problem = tiled(matrix, norms, count, size, iterations, global_init);
     const int64_t floats_each = static_cast<int64_t>(problem.padded_size) * problem.padded_size;
-    const Tensor padded = floats(on, count * floats_each), work = floats(on, count * floats_each * kWorkMatrices);
-    const Tensor iterates = floats(on, count * floats_each * (kPinvIterates * iterations + 1));
-    problem.padded = room(padded), problem.work = room(work), problem.iterates = room(iterates);
-    problem.grad_output = grad_output, problem.grad_matrix = grad_matrix, problem.grad_start = room(grad_start);
+    const Tensor work = floats(on, count * floats_each * 2 * kPinvMatrices);
+    problem.inverse = room(inverse), problem.work = room(work);
+    problem.grad_output = grad_output, problem.grad_matrix = grad_matrix;
     launch_tiled(kernel_pinv_tiled_gradient, problem, on);
   }
   const Tensor dots = floats(on, count);
-  const PinvStart start{matrix, room(norms), room(grad_start), room(dots), grad_matrix, count,
+  const PinvStart start{matrix, room(norms), grad_output, room(inverse), room(dots), grad_matrix, count,
                         static_cast<int>(size), global_init};
   if (global_init) launch(kernel_pinv_dots, {count, kStartThreads, kMostStartBytes}, &start, on);
   launch(kernel_pinv_start_grad, {count, kStartThreads, kMostStartBytes}, &start, on);

@@ -50,23 +50,24 @@ DEVICE void pinv_norms(const PinvNorms& p) {
   if (thread_index() == 0) p.norms[2 * matrix] = column, p.norms[2 * matrix + 1] = row;
 }
 
-// The inner product of dZ_0 and A^T of one matrix, which every matrix needs of all others where they share a start.
-DEVICE float start_dot(const PinvStart& p, int64_t matrix, float* s_parts) {
+// What `dots` has of one matrix, by its block: of all others it is needed too where they share a start.
+DEVICE float start_dot(const PinvStart& p, int64_t matrix, float scale, float* s_parts) {
   const int64_t offset = matrix * p.size * p.size;
   float sum = 0.0f;
-  for (int i = thread_index(); i < p.size * p.size; i += num_threads())
-    sum += p.grad_start[offset + i] * p.matrix[offset + i % p.size * p.size + i / p.size];
+  for (int64_t i = offset + thread_index(); i < offset + p.size * p.size; i += num_threads())
+    sum += p.grad_output[i] * p.inverse[i] + p.matrix[i] * p.grad_matrix[i];
   sum = warp_sum(sum);
   if (lane_index() == 0) s_parts[warp_index()] = sum;
   sync_block();
   sum = 0.0f;
   for (int i = 0; i < num_threads() / 32; ++i) sum += s_parts[i];
   sync_block();
-  return sum;
+  return 0.5f * scale * sum;
 }
 
 DEVICE void pinv_start_dots(const PinvStart& p) {
-  const float dot = start_dot(p, block_index(), reinterpret_cast<float*>(shared_memory()));
+  const float scale = scale_of(largest_norms(p.norms, p.count));
+  const float dot = start_dot(p, block_index(), scale, reinterpret_cast<float*>(shared_memory()));
   if (thread_index() == 0) p.dots[block_index()] = dot;
 }
 
@@ -89,11 +90,11 @@ DEVICE void pinv_start_gradient(const PinvStart& p) {
   float* s_sums = reinterpret_cast<float*>(shared_memory());
   const int64_t matrix = block_index(), offset = matrix * p.size * p.size;
   const int size = p.size;
-  const float own_dot = start_dot(p, matrix, s_sums);
   line_sums({p.matrix + offset, size}, s_sums);
   const Largest column = largest_of(s_sums, size), row = largest_of(s_sums + size, size);
   Norms norms{column.value, row.value};
-  Shared all{own_dot, 1.0f, 1.0f};
+  sync_block();  // before the sums give way
+  Shared all{p.global_init ? 0.0f : start_dot(p, matrix, scale_of(norms), s_sums), 1.0f, 1.0f};
   if (p.global_init) {
     norms = largest_norms(p.norms, p.count);
     all = shared_start(p, norms);
@@ -107,7 +108,7 @@ DEVICE void pinv_start_gradient(const PinvStart& p) {
     const int r = i / size, c = i % size;
     const float a = p.matrix[offset + i], sign = a > 0.0f ? 1.0f : a < 0.0f ? -1.0f : 0.0f;
     const float picked = (c == column.first ? to_column : 0.0f) + (r == row.first ? to_row : 0.0f);
-    p.grad_matrix[offset + i] += p.grad_start[offset + c * size + r] / scale + sign * picked;
+    p.grad_matrix[offset + i] += sign * picked;
   }
 }
 
