@@ -28,13 +28,16 @@ from nystromgan.ops.nystrom_attention.triton_pool import membership
 
 
 @triton.jit
-def query_logits(b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D: tl.constexpr, scale,
-                 HAS_ABSENT: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """s Q K~^T to base 2, minus infinity where there is no landmark; and K~ (M, D) as the product took it."""
-    b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(b_query.dtype)
-    logits = dot(b_query, tl.trans(b_key), tl.zeros((b_query.shape[0], o_m.shape[0]), tl.float32), PRECISION)
-    missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
-    return tl.where(missing[None, :], float("-inf"), logits * (scale * LOG2E)), b_key
+def factor_logits(b_query, b_key, missing, scale, PRECISION: tl.constexpr):
+    """s Q K~^T to base 2, minus infinity where there is no landmark."""
+    logits = dot(b_query, tl.trans(b_key), tl.zeros((b_query.shape[0], b_key.shape[0]), tl.float32), PRECISION)
+    return tl.where(missing[None, :], float("-inf"), logits * (scale * LOG2E))
+
+
+@triton.jit
+def factor_gradient(b_grad, b_mixed, PRECISION: tl.constexpr):
+    """dF = dO W^T."""
+    return dot(b_grad, tl.trans(b_mixed), tl.zeros((b_grad.shape[0], b_mixed.shape[0]), tl.float32), PRECISION)
 
 
 @triton.jit
@@ -67,11 +70,11 @@ def query_stats_kernel(
     delta = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
-        logits, _ = query_logits(
-            b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale, HAS_ABSENT, BLOCK_D, PRECISION
-        )
-        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(b_grad.dtype)
-        grad_f = dot(b_grad, tl.trans(b_mixed), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(b_query.dtype)  # (M, D)
+        missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
+        logits = factor_logits(b_query, b_key, missing, scale, PRECISION)
+        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(b_grad.dtype)  # (M, E)
+        grad_f = factor_gradient(b_grad, b_mixed, PRECISION)
         larger = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         weights = tl.exp2(logits - shift[:, None])
@@ -113,7 +116,9 @@ def query_sums_kernel(
         p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
         p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_VECTOR)
         dtype: tl.constexpr = p_query.dtype.element_ty
+        b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
         b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+        missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
         b_grad_mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         b_grad_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in tl.range(0, SPLIT, BLOCK_N):
@@ -121,10 +126,8 @@ def query_sums_kernel(
             o_n = first + tl.arange(0, BLOCK_N)
             b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
             b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
-            logits, _ = query_logits(
-                b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale, HAS_ABSENT, BLOCK_D, PRECISION
-            )
-            grad_f = dot(b_grad, tl.trans(b_mixed), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+            logits = factor_logits(b_query, b_key, missing, scale, PRECISION)
+            grad_f = factor_gradient(b_grad, b_mixed, PRECISION)
             if MANY:
                 row = i_bh.to(tl.int64) * N + o_n
                 weights = tl.exp2(logits - tl.load(p_row_scale + row, mask=o_n < N, other=float("inf"))[:, None])
@@ -402,27 +405,34 @@ def query_kernel(
     p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_VECTOR)
     dtype: tl.constexpr = p_query.dtype.element_ty
     p_grad_query += i_bh.to(tl.int64) * N * D
+    if not MANY:  # one tile of landmarks, at hand for every tile of queries
+        o_m = tl.arange(0, BLOCK_M)
+        b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
+        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+        missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
     for step in tl.range(0, STEPS):
         first = begin + step * BLOCK_N
         o_n = first + tl.arange(0, BLOCK_N)
         b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
         b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
-        row = i_bh.to(tl.int64) * N + o_n
         b_grad_query = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        for start in tl.range(0, M if MANY else BLOCK_M, BLOCK_M, num_stages=1):
-            o_m = start + tl.arange(0, BLOCK_M)
-            logits, b_key = query_logits(
-                b_query, p_key_means, p_key_absent, i_bh, H, o_m, M, D, scale, HAS_ABSENT, BLOCK_D, PRECISION
-            )
-            b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
-            grad_f = dot(b_grad, tl.trans(b_mixed), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
-            if MANY:
-                weights = tl.exp2(logits - tl.load(p_row_scale + row, mask=o_n < N, other=float("inf"))[:, None])
-                delta = tl.load(p_delta + row, mask=o_n < N, other=0.0)
-            else:
-                weights = tl.exp2(logits - row_scale(logits)[:, None])  # (BLOCK_N, M)
-                delta = tl.sum(weights * grad_f, 1)
-            grad_logits = weights * (grad_f - delta[:, None])
+        if MANY:
+            row = i_bh.to(tl.int64) * N + o_n
+            scales = tl.load(p_row_scale + row, mask=o_n < N, other=float("inf"))
+            delta = tl.load(p_delta + row, mask=o_n < N, other=0.0)
+            for start in tl.range(0, M, BLOCK_M, num_stages=1):
+                o_m = start + tl.arange(0, BLOCK_M)
+                b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
+                missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
+                weights = tl.exp2(factor_logits(b_query, b_key, missing, scale, PRECISION) - scales[:, None])
+                b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+                grad_logits = weights * (factor_gradient(b_grad, b_mixed, PRECISION) - delta[:, None])
+                b_grad_query = dot(grad_logits.to(dtype), b_key, b_grad_query, PRECISION)
+        else:
+            logits = factor_logits(b_query, b_key, missing, scale, PRECISION)
+            weights = tl.exp2(logits - row_scale(logits)[:, None])  # (BLOCK_N, M)
+            grad_f = factor_gradient(b_grad, b_mixed, PRECISION)
+            grad_logits = weights * (grad_f - tl.sum(weights * grad_f, 1)[:, None])
             b_grad_query = dot(grad_logits.to(dtype), b_key, b_grad_query, PRECISION)
         b_grad_query *= scale
         if MEMBERS != "none":

@@ -29,6 +29,15 @@ def _exact_products(b_token, b_landmark, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _nearest(b_token, b_landmark, missing, o_m, M, PRECISION: tl.constexpr):
+    """Each token's largest x . m - |m|^2 / 2 among landmarks o_m, and the first of them that has it."""
+    score = _exact_products(b_token, b_landmark, PRECISION) - 0.5 * tl.sum(b_landmark * b_landmark, 1)[None, :]
+    score = tl.where(missing[None, :], float("-inf"), score)  # (BLOCK_N, M)
+    largest = tl.max(score, 1)
+    return largest, tl.min(tl.where(score == largest[:, None], o_m[None, :], M), 1)
+
+
+@triton.jit
 def lloyd_kernel(
     p_tokens, s_b, s_h, s_n, s_d, p_start, s_ib, s_ih, s_in, p_landmarks, p_absent, p_frozen,
     p_index, p_sums, p_counts, H, N, M, D: tl.constexpr, splits,
@@ -48,33 +57,36 @@ def lloyd_kernel(
     o_d = tl.arange(0, BLOCK_D)
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b_count = tl.zeros((BLOCK_M,), tl.float32)
+    o_m = tl.arange(0, BLOCK_M)
+    if ADD:
+        b_landmark = load_landmarks(p_landmarks, i_bh, o_m, M, D, BLOCK_D)  # (M, D)
+        missing = absent(p_absent, i_bh // H, o_m, M, HAS_ABSENT)
     for begin in tl.range(0, SPLIT, BLOCK_N):
         first_n = i_split * SPLIT + begin
         o_n = first_n + tl.arange(0, BLOCK_N)
         start = tl.load(p_start + o_n.to(tl.int64) * s_in, mask=o_n < N, other=-1)
         b_token = load_tokens(p_tokens, s_n, s_d, first_n, start >= 0, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-        best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        b_index = tl.zeros((BLOCK_N,), tl.int32)
-        for first in tl.range(0, BLOCK_M if ADD else M, BLOCK_M, num_stages=1):
-            o_m = first + tl.arange(0, BLOCK_M)
-            b_landmark = load_landmarks(p_landmarks, i_bh, o_m, M, D, BLOCK_D)  # (M, D)
-            score = _exact_products(b_token, b_landmark, PRECISION)  # (BLOCK_N, M)
-            score -= 0.5 * tl.sum(b_landmark * b_landmark, 1)[None, :]
-            score = tl.where(absent(p_absent, i_bh // H, o_m, M, HAS_ABSENT)[None, :], float("-inf"), score)
-            largest = tl.max(score, 1)
-            place = tl.min(tl.where(score == largest[:, None], o_m[None, :], M), 1)
-            b_index = tl.where(largest > best, place, b_index)
-            best = tl.maximum(best, largest)
+        if ADD:
+            largest, b_index = _nearest(b_token, b_landmark, missing, o_m, M, PRECISION)
+            b_index = tl.where(largest > float("-inf"), b_index, 0)
+        else:
+            best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+            b_index = tl.zeros((BLOCK_N,), tl.int32)
+            for first in tl.range(0, M, BLOCK_M, num_stages=1):
+                b_other = load_landmarks(p_landmarks, i_bh, first + o_m, M, D, BLOCK_D)
+                none = absent(p_absent, i_bh // H, first + o_m, M, HAS_ABSENT)
+                largest, place = _nearest(b_token, b_other, none, first + o_m, M, PRECISION)
+                b_index = tl.where(largest > best, place, b_index)
+                best = tl.maximum(best, largest)
         b_index = tl.where(start >= 0, b_index, start)
         if HAS_FROZEN:
             b_index = tl.where(tl.load(p_frozen + i_b) != 0, start, b_index)
         tl.store(p_index + i_bh.to(tl.int64) * N + o_n, b_index, mask=o_n < N)
         if ADD:
-            member = tl.arange(0, BLOCK_M)[:, None] == b_index[None, :]  # (M, BLOCK_N)
+            member = o_m[:, None] == b_index[None, :]  # (M, BLOCK_N)
             b_sum = dot(member.to(tl.float32).to(b_token.dtype), b_token, b_sum, PRECISION)
             b_count += tl.sum(member.to(tl.float32), 1)
     if ADD:
-        o_m = tl.arange(0, BLOCK_M)
         row = (i_bh * splits + i_split).to(tl.int64) * M + o_m
         tl.store(p_sums + row[:, None] * D + o_d[None, :], b_sum, mask=(o_m[:, None] < M) & (o_d[None, :] < D))
         tl.store(p_counts + row, b_count, mask=o_m < M)
