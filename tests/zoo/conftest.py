@@ -39,7 +39,9 @@ def launch() -> Callable[..., BaseProcess]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
 
-    def start(*arguments: str, kill_in_sync: int = 0, largest_file: int = 0, **environment: str) -> BaseProcess:
+    def start(
+        *arguments: str, kill_in_sync: tuple[str, int] = ("", 1), largest_file: int = 0, **environment: str
+    ) -> BaseProcess:
         process = context.Process(target=tiny.main, args=(arguments, environment, kill_in_sync, largest_file))
         with pytest.MonkeyPatch.context() as patch:  # the server does not take over sys.path before it imports
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

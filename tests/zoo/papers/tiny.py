@@ -1,6 +1,7 @@
 """A paper that exists for the tests: a small GAN with everything that makes resuming hard, on synthetic clips."""
 
 import dataclasses
+import fnmatch
 import os
 import resource
 import signal
@@ -127,7 +128,7 @@ def register(papers: dict[str, str], sources: dict[str, str]) -> None:
     sources["blobs"] = "tiny:Blobs"
 
 
-def main(arguments: list[str], environment: dict[str, str], kill_in_sync: int, largest_file: int) -> None:
+def main(arguments: list[str], environment: dict[str, str], kill_in_sync: tuple[str, int], largest_file: int) -> None:
     """The command `nystromgan` in a process of its own, with this paper in the registry."""
     from nystromgan import cli
     from nystromgan.zoo import data, registry
@@ -137,20 +138,20 @@ def main(arguments: list[str], environment: dict[str, str], kill_in_sync: int, l
     register(registry.PAPERS, data.SOURCES)
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-    if kill_in_sync:
-        _kill_in_sync(kill_in_sync)
+    _kill_in_sync(*kill_in_sync)
     sys.exit(cli.main(arguments))
 
 
-def _kill_in_sync(number: int) -> None:
-    """The process kills itself in its fsync number `number`, with half of what it wrote gone, as in a crash."""
+def _kill_in_sync(pattern: str, number: int) -> None:
+    """The process kills itself in its fsync number `number` of a path that matches, with half of the file gone."""
     real, count = os.fsync, 0
 
     def fsync(descriptor: int) -> None:
         nonlocal count
-        count += 1
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        count += fnmatch.fnmatch(path, pattern)
         if count == number:
-            if os.fstat(descriptor).st_size and not os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            if not os.path.isdir(path):
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         real(descriptor)
