@@ -1,13 +1,16 @@
 """The metrics: known values of known clips, intervals that cover, and what the trained networks can tell apart."""
 
 import copy
+import itertools
 import math
 import pathlib
 import warnings
 
+import numpy
 import pytest
 import scipy
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nystromgan.zoo.data import digits
@@ -230,29 +233,84 @@ def test_i3d_has_the_papers_sizes(weights: pathlib.Path) -> None:
         (832, 3, 14, 14),
         (1024, 2, 7, 7),
     ]
-    with pytest.raises(ValueError, match=r"T at least 10, got \(1, 3, 9, 224, 224\)"):
-        network(torch.zeros(1, 3, 9, 224, 224))
+    with pytest.raises(ValueError, match=r"T at least 9, got \(1, 3, 8, 224, 224\)"):
+        network(torch.zeros(1, 3, 8, 224, 224))
 
 
-class _Traceable(i3d.I3D):
-    """I3D's weights, and a forward that is quickly traced."""
+def _windows(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> tuple[numpy.ndarray, list[int]]:
+    """(positions, C, *kernel) of one map (C, *grid), zeros outside, and the grid of positions, as SAME has them."""
+    counts = [math.ceil(n / s) for n, s in zip(x.shape[1:], stride, strict=True)]
+    starts = [
+        [i * s - max((count - 1) * s + k - n, 0) // 2 for i in range(count)]
+        for n, k, s, count in zip(x.shape[1:], kernel, stride, counts, strict=True)
+    ]
+    wide = numpy.zeros([x.shape[0], *(n + 20 for n in x.shape[1:])])
+    wide[(slice(None), *(slice(10, 10 + n) for n in x.shape[1:]))] = x.numpy()
+    views = numpy.lib.stride_tricks.sliding_window_view(wide, kernel, (1, 2, 3))
+    windows = [views[:, a + 10, b + 10, c + 10] for a, b, c in itertools.product(*starts)]
+    return numpy.stack(windows), counts
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv3d_0c_1x1["conv3d"].bias.sum()
+
+@pytest.mark.parametrize("grid", [(5, 9, 8), (4, 7, 11), (3, 6, 5)])
+def test_i3d_pads_as_tensorflow_does(grid: tuple[int, ...]) -> None:
+    x = torch.rand(2, *grid)
+    for kernel, stride in (
+        ((3, 3, 3), (2, 2, 2)),
+        ((1, 3, 3), (1, 2, 2)),
+        ((2, 2, 2), (2, 2, 2)),
+        ((3, 3, 3), (1,) * 3),
+    ):
+        windows, counts = _windows(x, kernel, stride)
+        found = i3d._Pool(kernel, stride)(x[None])[0]  # type: ignore[arg-type]
+        expected = windows.max((2, 3, 4)).T.reshape(2, *counts)
+        torch.testing.assert_close(found, torch.from_numpy(expected).float())
+    for size, stride in ((7, 2), (3, 1), (1, 1)):
+        unit = i3d._Unit(2, 3, size, stride).eval()
+        windows, counts = _windows(x, (size,) * 3, (stride,) * 3)
+        sums = numpy.einsum("pcijk,ocijk->op", windows, unit.conv3d.weight.detach().double().numpy())
+        expected = numpy.maximum(sums / math.sqrt(1 + 1e-3), 0).reshape(3, *counts)
+        torch.testing.assert_close(unit(x[None])[0].detach(), torch.from_numpy(expected).float())
 
 
-def test_torchscript_converts(tmp_path: pathlib.Path) -> None:
-    network = _Traceable()
+def _logits(network: nn.Module, clips: Tensor) -> Tensor:
+    """In the place of I3D's forward, which takes seconds."""
+    return clips.mean((2, 3, 4)) @ network.conv3d_0c_1x1["conv3d"].weight[:3, :400, 0, 0, 0]
+
+
+def test_torchscript_converts_where_it_gives_the_same(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(i3d.I3D, "forward", _logits)
+    monkeypatch.setattr(i3d, "CLIP", (1, 3, 9, 4, 4))
+    source, output, network = tmp_path / "i3d.pt", tmp_path / "i3d.safetensors", i3d.I3D()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that TorchScript is deprecated
-        torch.jit.trace(network, torch.zeros(1)).save(tmp_path / "i3d.pt")
-    found = i3d.converted(i3d._state_of(tmp_path / "i3d.pt"))
-    state = network.state_dict()
+        torch.jit.trace(network, torch.zeros(i3d.CLIP)).save(source)
+    i3d.convert(source, output)
+    found, state = load_file(output), network.state_dict()
     assert len(found) == len([key for key in state if not key.endswith("num_batches_tracked")])
     assert all(torch.equal(found[key], state[key]) for key in found)
+    monkeypatch.setattr(i3d.I3D, "forward", lambda network, clips: 1.01 * _logits(network, clips))
+    output.unlink()
+    with pytest.raises(ValueError, match=r"must give I3D's logits to 0.001 of the largest, got an error of 0.0099"):
+        i3d.convert(source, output)
+    assert not output.exists()
 
 
-def test_other_files_are_refused() -> None:
+class _Scripted(nn.Module):
+    def forward(self, x: Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False) -> Tensor:
+        return x.mean((2, 3, 4)) if return_features and not rescale and not resize else x
+
+
+def test_a_script_is_asked_for_logits_of_the_clip_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(i3d, "CLIP", (1, 3, 9, 4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that TorchScript is deprecated
+        script = torch.jit.script(_Scripted())
+    i3d.check_script(script, nn.Sequential(nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten()))
+    with pytest.raises(ValueError, match=r"got \(1, 3\) for \(1, 3, 144\)"):
+        i3d.check_script(script, nn.Flatten(2))
+
+
+def test_other_files_are_refused(tmp_path: pathlib.Path) -> None:
     state = dict(i3d.I3D().state_dict())
     with pytest.raises(ValueError, match=r"must hold I3D's conv3d_1a_7x7\.conv3d\.weight, got 0\.weight"):
         i3d.converted(nn.Sequential(nn.Linear(2, 2)).state_dict())
@@ -261,6 +319,13 @@ def test_other_files_are_refused() -> None:
         i3d.converted(state)
     with pytest.raises(ValueError, match="must hold I3D's weights: misses"):
         i3d.load_i3d(networks.WEIGHTS / "digit_video.safetensors")
+    (tmp_path / "text.txt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text.txt must be a safetensors file of I3D's weights"):
+        i3d.load_i3d(tmp_path / "text.txt")
+    with pytest.raises(ValueError, match=r"text.txt must be TorchScript or a state dict saved by torch"):
+        i3d.convert(tmp_path / "text.txt", tmp_path / "out.safetensors")
+    with pytest.raises(FileNotFoundError):
+        i3d.convert(tmp_path / "missing.pt", tmp_path / "out.safetensors")
 
 
 def test_a_report_has_the_data_beside_the_model(real: Tensor) -> None:

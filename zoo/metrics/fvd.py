@@ -14,7 +14,7 @@ SIZE = 224
 
 
 def i3d_features(clips: Tensor, weights: str | os.PathLike) -> Tensor:
-    """(B, 1 or 3, T, H, W) in [-1, 1], T at least 10 -> (B, 400); grey is repeated, frames are resized to 224 x 224.
+    """(B, 1 or 3, T, H, W) in [-1, 1], T at least 9 -> (B, 400); grey is repeated, frames are resized to 224 x 224.
 
     Args:
         weights: safetensors that `python -m nystromgan.zoo.metrics.i3d` makes of the public TorchScript file.
