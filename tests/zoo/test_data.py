@@ -3,6 +3,7 @@
 import gzip
 import pathlib
 import struct
+from collections.abc import Callable
 
 import av
 import numpy
@@ -226,8 +227,76 @@ def test_broken_files_are_named_and_skipped_only_if_asked(tmp_path: pathlib.Path
         clips = TiffStacks(tmp_path, frames=6, size=32, skip_broken=True)
     assert len(clips) == 1
     (tmp_path / "good.tif").write_bytes(whole[:900])
-    with pytest.raises(BrokenFileError, match=r"good\.tif"):
+    with (
+        pytest.warns(UserWarning, match=r"skipped .*good\.tif"),
+        pytest.raises(BrokenFileError, match="drawn 100 times"),
+    ):
         clips[0]
+
+
+def _damage(path: pathlib.Path, start: int, count: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[start : start + count] = b"\xff" * count
+    path.write_bytes(content)
+
+
+def _write_stack(path: pathlib.Path, frames: numpy.ndarray) -> None:
+    tifffile.imwrite(path, frames, photometric="minisblack", compression="zlib", rowsperstrip=8)
+
+
+def _damage_strip(path: pathlib.Path) -> None:
+    """One strip of one frame, which only unpacking finds."""
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[7]
+        start, count = page.dataoffsets[1], page.databytecounts[1]  # type: ignore[union-attr]
+    _damage(path, start, count)
+
+
+def _write_mp4(path: pathlib.Path, frames: numpy.ndarray) -> None:
+    _write_video(path, frames, "mpeg4", "yuv420p")
+
+
+def _damage_middle(path: pathlib.Path) -> None:
+    size = path.stat().st_size
+    _damage(path, size // 2, size // 10)
+
+
+@pytest.mark.parametrize(
+    ("source", "suffix", "write", "damage"),
+    [(TiffStacks, "tif", _write_stack, _damage_strip), (VideoFolder, "mp4", _write_mp4, _damage_middle)],
+    ids=["tiff", "mp4"],
+)
+def test_files_that_break_when_they_are_read_are_skipped_only_if_asked(
+    tmp_path: pathlib.Path,
+    source: type,
+    suffix: str,
+    write: Callable[[pathlib.Path, numpy.ndarray], None],
+    damage: Callable[[pathlib.Path], None],
+) -> None:
+    noise = numpy.random.default_rng(0).integers(0, 255, (2, 12, 32, 32)).astype("uint8")
+    name = f"bad.{suffix}"
+    for place, frames in zip((name, f"good.{suffix}"), noise, strict=True):
+        write(tmp_path / place, frames)
+    whole = source(tmp_path, frames=6, size=32, length=12)
+    expected = [whole[index] for index in range(12)]
+    damage(tmp_path / name)
+    strict, lenient = (source(tmp_path, frames=6, size=32, length=12, skip_broken=skip) for skip in (False, True))
+    with pytest.raises(BrokenFileError, match=name):
+        [strict[index] for index in range(12)]
+    with pytest.warns(UserWarning, match=rf"skipped .*{name}") as warned:
+        found = [lenient[index] for index in range(12)]
+    assert len(warned) == 1
+    same = [torch.equal(*clips) for clips in zip(found, expected, strict=True)]
+    assert 0 < sum(same) < 12
+    assert all(torch.equal(lenient[index], found[index]) for index in range(12))
+
+
+def test_pixels_that_are_not_finite_are_named_with_their_frames(tmp_path: pathlib.Path) -> None:
+    stack = numpy.random.default_rng(0).random((6, 32, 32), "float32")
+    stack[3, 5, 7], stack[5, 0, 0] = numpy.nan, numpy.inf
+    tifffile.imwrite(tmp_path / "cells.tif", stack, photometric="minisblack")
+    with pytest.raises(BrokenFileError, match=r"cells\.tif: has pixels that are not finite in frames 3, 5 \(from 0\)"):
+        TiffStacks(tmp_path, frames=6, size=32)[0]
 
 
 def test_a_cut_video_is_named(tmp_path: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 CROPS = ("random", "centre", "motion")
+MOST_DRAWS = 100  # of a clip's file and start, where files turn out to be broken
 
 
 class BrokenFileError(ValueError):
@@ -43,10 +44,12 @@ class ClipFolder(abc.ABC, Dataset[Tensor]):
             that grows with the mean absolute difference of successive frames inside.
         length: number of clips; as many as fit end to end into the files unless given.
         seed: of the choice of file, start and place.
-        skip_broken: warns of files that cannot serve and goes on without them, instead of raising BrokenFileError.
+        skip_broken: warns of files that cannot serve and goes on without them, instead of raising BrokenFileError; a
+            file that only turns out to be broken when its frames are read is warned of once, and the clip drawn anew.
 
     Raises:
-        BrokenFileError: files that cannot be read, are too short or too small; all of them are named.
+        BrokenFileError: files that cannot be read, are too short or too small, all of them named; on reading, frames
+            that cannot be decoded or have pixels that are not finite.
         ValueError, FileNotFoundError: naming the option, the rule and the value.
     """
 
@@ -76,6 +79,7 @@ class ClipFolder(abc.ABC, Dataset[Tensor]):
             frames, size, stride, resize, crop, seed,
         )  # fmt: skip
         self.span = (frames - 1) * stride + 1  # frames from a clip's first to its last
+        self.skip_broken, self.told = skip_broken, set[pathlib.Path]()
         self.recordings = self._fit_recordings(pathlib.Path(folder), skip_broken)
         starts = [recording.frames - self.span + 1 for recording in self.recordings]
         self.last_starts = numpy.cumsum(starts)
@@ -120,18 +124,45 @@ class ClipFolder(abc.ABC, Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         if not 0 <= index < self.length:
             raise IndexError(f"index must be between 0 and {self.length - 1}, got {index}")
-        random = numpy.random.default_rng((self.seed, index))
+        for attempt in range(MOST_DRAWS):
+            random = numpy.random.default_rng((self.seed, index, attempt) if attempt else (self.seed, index))
+            recording, start = self._drawn(random)
+            try:
+                return self._cut(self._read(recording, start), random)
+            except BrokenFileError as error:
+                if not self.skip_broken:
+                    raise
+                self._warn_of(recording.path, error)
+        raise BrokenFileError(f"clip {index} was drawn {MOST_DRAWS} times, each time from a file that is broken")
+
+    def _drawn(self, random: numpy.random.Generator) -> tuple[Recording, int]:
+        """A file and a start in it, every start of every file with the same probability."""
         drawn = int(random.integers(self.last_starts[-1]))
         which = int(numpy.searchsorted(self.last_starts, drawn, side="right"))
-        recording = self.recordings[which]
+        return self.recordings[which], drawn - (int(self.last_starts[which - 1]) if which else 0)
+
+    def _read(self, recording: Recording, start: int) -> Tensor:
+        """`read`; whatever is wrong is a BrokenFileError."""
         try:
-            clip = self.read(recording, drawn - (int(self.last_starts[which - 1]) if which else 0))
+            clip = self.read(recording, start)
         except Exception as error:
             raise BrokenFileError(f"{recording.path}: {str(error) or type(error).__name__}") from error
+        broken = (~clip.isfinite().all(-1).all(-1).all(0)).nonzero()[:, 0]
+        if len(broken):
+            frames = ", ".join(str(start + self.stride * position) for position in broken.tolist())
+            raise BrokenFileError(f"{recording.path}: has pixels that are not finite in frames {frames} (from 0)")
+        return clip
+
+    def _cut(self, clip: Tensor, random: numpy.random.Generator) -> Tensor:
         if self.resize is not None:
             clip = shorter_side_to(clip, self.resize)
         top, left = self._corner(clip, random)
         return min_max(clip[..., top : top + self.size, left : left + self.size])
+
+    def _warn_of(self, path: pathlib.Path, error: BrokenFileError) -> None:
+        if path not in self.told:
+            self.told.add(path)
+            warnings.warn(f"skipped {error}", stacklevel=3)
 
     def _corner(self, clip: Tensor, random: numpy.random.Generator) -> tuple[int, int]:
         free = [length - self.size for length in clip.shape[-2:]]

@@ -63,6 +63,8 @@ class VideoFolder(ClipFolder):
                 container.seek(times[start], stream=container.streams.video[0], backward=True)
             for position, frame in enumerate(container.decode(video=0)):
                 offset = (times.index(frame.pts) if times and frame.pts is not None else position) - start
+                if frame.is_corrupt:
+                    raise ValueError(f"frame {start + offset} is damaged")
                 if offset in wanted:
                     frames.append(frame.to_ndarray(format=FORMATS[self.channels]))
                 if offset >= self.span - 1:
