@@ -99,7 +99,13 @@ def _locate(name_or_path: str | pathlib.Path) -> pathlib.Path:
     for candidate in (path if path.is_file() else path / WEIGHTS, path / "model" / WEIGHTS, shipped):
         if candidate.is_file():
             return candidate
+    if (path / "recipe.toml").is_file():
+        train = tables.read_toml(path / "recipe.toml").get("train", {})
+        first = min((train[name] for name in ("save_every", "steps") if name in train), default="its recipe says")
+        raise FileNotFoundError(f"{text} has saved no model yet; its first save is at step {first}")
     names = ", ".join(list_checkpoints()) or "none"
+    if text in registry.list_models():
+        raise FileNotFoundError(f"{text} is a model that must be trained first; checkpoints that ship are: {names}")
     raise FileNotFoundError(
         f"no checkpoint is called {text!r}, and no folder or file there is one; shipped are: {names}"
     )

@@ -41,6 +41,7 @@ class Recipe:
         data = open_data(self.data)
         torch.manual_seed(self.train.seed)
         model = registry.create_model(preset, **options)
+        check_shape(data, model.config)
         objective = tables.build(registry.paper_of_preset(preset).OBJECTIVE, self.objective, "[objective]", model)
         return objective, data
 
@@ -104,6 +105,16 @@ def parse(content: Mapping[str, Any], where: str) -> Recipe:
 def open_data(table: Mapping[str, Any]) -> Data:
     """The dataset that a [data] table describes."""
     return tables.build(source(table), {key: value for key, value in table.items() if key != "source"}, "[data]")
+
+
+def check_shape(data: Data, config: Any) -> None:
+    """ValueError where the data's first item has not the shape that a model's configuration says."""
+    expected = getattr(config, "shape", None)
+    if expected is not None and tuple(data[0].shape) != tuple(expected):
+        raise ValueError(
+            f"[data] must give what the model does, {tuple(expected)} (channels, frames, height, width), "
+            f"got {tuple(data[0].shape)}: change frames, size or channels of [data], or [model]"
+        )
 
 
 def folder_data(folder: pathlib.Path, table: Mapping[str, Any]) -> dict[str, Any]:

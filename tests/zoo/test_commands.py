@@ -8,6 +8,7 @@ import av
 import numpy
 import pytest
 import tifffile
+import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -87,6 +88,9 @@ def test_changed_configuration_is_used(saved: str, tmp_path: pathlib.Path, capsy
             "device must be one that torch knows, such as cpu or cuda, got 'tpu9'",
         ),
         (["train", "RECIPE", "--data", "nowhere"], "--data must be a folder that holds files of .tif"),
+        (["train", "savgan-folder-small"], "savgan-folder-small trains on data of yours: give --data FOLDER"),
+        (["train", "RECIPE", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["sample", "tiny"], "tiny is a model that must be trained first; checkpoints that ship are: "),
     ],
 )
 def test_errors_are_one_line(
@@ -159,23 +163,23 @@ def test_tiff_stacks_to_samples_with_two_commands(tmp_path: pathlib.Path, capsys
     for number in range(3):
         frames = noise.integers(100, 4000, (20, 40, 48)).astype("uint16")
         tifffile.imwrite(stacks / f"cell{number}.tif", frames, imagej=True, metadata={"axes": "TYX"})
-    small = [
-        "model.preset=savgan-small",
-        "model.width=4",
-        "data.frames=16",
-        "data.size=32",
-        "train.batch=2",
-        "train.samples=2",
-        "train.save_every=1",
-    ]
+    small = ["model.width=4", "train.batch=2", "train.samples=2", "train.save_every=1"]
     changes = [word for setting in small for word in ("--set", setting)]
     run = tmp_path / "cells"
-    train = ["train", "savgan-folder", "--data", str(stacks), "--output", str(run), "--steps", "2", *changes]
+    train = ["train", "savgan-folder-small", "--data", str(stacks), "--output", str(run), "--steps", "2", *changes]
     assert cli.main([*train, "--device", "cpu", "--quiet"]) == 0
     assert 'source = "tiff_stacks"' in (run / "recipe.toml").read_text()
     assert cli.main(["sample", str(run), "--output", str(tmp_path / "cells.gif")]) == 0
     with Image.open(tmp_path / "cells.gif") as movie:
         assert movie.n_frames == 16
+
+
+def test_a_run_without_a_model_says_when_it_will_have_one(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "recipe.toml").write_text("[train]\nsteps = 5000\nsave_every = 50\n")
+    assert cli.main(["sample", str(tmp_path)]) == 1
+    assert f"{tmp_path} has saved no model yet; its first save is at step 50\n" in capsys.readouterr().err
 
 
 def test_evaluate_measures_the_model_beside_the_data(
@@ -190,9 +194,27 @@ def test_evaluate_measures_the_model_beside_the_data(
     (row,) = found["metrics"]
     assert row["real"]["value"] == pytest.approx(0, abs=1e-3)  # squares that stand still
     assert row["model"]["value"] > 0.1
-    assert cli.main(["evaluate", run, "-n", "10"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].startswith("AACD          lower")
-    assert cli.main(["evaluate", run, "-n", "11"]) == 1
-    assert "the data must have 2 n clips" in capsys.readouterr().err
-    assert cli.main(["evaluate", run, "-n", "1"]) == 1
-    assert "n must be at least 2, got 1" in capsys.readouterr().err
+    assert cli.main(["evaluate", run, "-n", "11"]) == 0  # more than the recipe's 20 clips
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "the first 4 frames of 11 clips"
+    assert lines[2].startswith("AACD          lower")
+
+
+def test_evaluate_checks_before_it_works(
+    saved: str, recipe: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(tiny.Tiny, "sample", None)
+    monkeypatch.setattr(tiny.Blobs, "__getitem__", None)
+    (tmp_path / "text.txt").write_text("no weights")
+    for arguments, message in (
+        (["-n", "9"], "n must be at least 10, got 9"),
+        (["--i3d-weights", str(tmp_path / "text.txt")], "text.txt must be a safetensors file of I3D's weights"),
+        ([], f"there is no recipe beside {saved}: give --recipe, whose [data] are the real clips"),
+    ):
+        assert cli.main(["evaluate", saved, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(tiny.TinyConfig, "shape", (1, 4, 8, 8), raising=False)
+    monkeypatch.setattr(tiny.Blobs, "__getitem__", lambda data, index: torch.zeros(1, 4, 9, 9))
+    for command in (["evaluate", saved, "--recipe", recipe], ["train", recipe]):
+        assert cli.main(command) == 1
+        assert "[data] must give what the model does, (1, 4, 8, 8)" in capsys.readouterr().err

@@ -334,5 +334,7 @@ def test_a_report_has_the_data_beside_the_model(real: Tensor) -> None:
     for row in rows:
         worse = row.model.value < row.real.value if row.better == "higher" else row.model.value > row.real.value
         assert worse, row
-    plain = report.video_metrics(real[:20].expand(-1, 3, -1, -1, -1), real[20:40], real[40:60], digits=False)
+    plain = report.video_metrics(*real[:60].expand(-1, 3, -1, -1, -1).split(20), digits=False)
     assert [row.metric for row in plain] == ["AACD"]
+    with pytest.raises(ValueError, match=r"must have one shape .*\(1, 8, 32, 32\), \(1, 10, 32, 32\)"):
+        report.video_metrics(real[:20, :, :8], real[20:40], real[40:60])

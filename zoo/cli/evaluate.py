@@ -1,4 +1,4 @@
-"""`nystromgan evaluate NAME`: a trained model's metrics, with the real data's own values beside them."""
+"""`nystromgan evaluate NAME`: metrics of a model's first 10 frames, with the real data's own values beside them."""
 
 import argparse
 import json
@@ -10,18 +10,21 @@ from torch import Tensor
 
 from nystromgan.zoo import checkpoints, recipes, storage
 from nystromgan.zoo import config as tables
+from nystromgan.zoo.metrics import i3d
+from nystromgan.zoo.metrics.flips import WINDOW
 from nystromgan.zoo.metrics.report import Row, video_metrics
 from nystromgan.zoo.progress import Progress
 from nystromgan.zoo.training.contract import Data
 
 BATCH = 16
+LEAST = 10  # clips: the intervals leave out one of ten splits at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="a checkpoint's name, folder or file, or a run's folder")
     parser.add_argument("--recipe", help="whose [data] are the real ones (the one beside the checkpoint)")
     parser.add_argument("--data", type=pathlib.Path, help="folder of TIFF stacks or videos that are the real ones")
-    parser.add_argument("-n", type=int, default=256, help="clips of the model and of the data (256)")
+    parser.add_argument("-n", type=int, default=256, help="clips of the model and of the data (256); at least 10")
     parser.add_argument("--seed", type=int, default=0, help="of the latents (0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--i3d-weights", type=pathlib.Path, help="I3D as safetensors: adds FVD")
@@ -33,33 +36,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.n < 2:
-        raise ValueError(f"n must be at least 2, got {args.n}")
+    if args.n < LEAST:
+        raise ValueError(f"n must be at least {LEAST}, got {args.n}")
+    if args.i3d_weights:
+        i3d.load_i3d(args.i3d_weights)  # an unfit file is better known now than after all sampling
     overrides = {keys[0]: value for keys, value in map(tables.parse_override, args.set)}
     model: Any = checkpoints.load_checkpoint(args.name, tables.device(args.device), **overrides)
     source = _source(args)
     data = recipes.open_data(source)
+    recipes.check_shape(data, model.config)
     if len(data) < 2 * args.n:
         raise ValueError(
             f"the data must have 2 n clips, half of them beside the other half, got {len(data)} and n {args.n}"
         )
     real, other = _clips(data, 0, args.n), _clips(data, args.n, args.n)
     fake = _samples(model, args.n, args.seed)
-    rows = video_metrics(fake, real, other, digits=source["source"] == "moving_mnist", i3d_weights=args.i3d_weights)
-    report = {"checkpoint": args.name, "n": args.n, "seed": args.seed, "data": source, "metrics": _tables(rows)}
+    digits = source["source"] == "moving_mnist" and source.get("num_digits", 1) == 1
+    rows = video_metrics(fake, real, other, digits=digits, i3d_weights=args.i3d_weights)
+    frames = min(WINDOW, fake.shape[2])
+    report = {
+        "checkpoint": args.name, "n": args.n, "frames": frames, "seed": args.seed, "data": source,
+        "metrics": _tables(rows),
+    }  # fmt: skip
     if args.output:
         storage.write(args.output, (json.dumps(report, indent=1, default=str) + "\n").encode())
-    print(json.dumps(report, indent=2, default=str) if args.json else _as_text(rows))
+    print(json.dumps(report, indent=2, default=str) if args.json else _as_text(rows, args.n, frames))
     return 0
 
 
 def _source(args: argparse.Namespace) -> dict[str, Any]:
-    """The [data] table of the real clips: the test split where the source has one."""
-    recipe = args.recipe or pathlib.Path(checkpoints.describe(args.name)["path"]).parent
-    table = recipes.load(recipe).data
+    """The [data] table of 2 n real clips, of the test split, where the source has these options."""
+    table = recipes.load(args.recipe or _beside(args.name)).data
     if args.data:
         table = recipes.folder_data(args.data, table)
-    return {**table, "split": "test"} if "split" in tables.defaults(recipes.source(table)) else table
+    known, wanted = tables.defaults(recipes.source(table)), {"split": "test", "length": 2 * args.n}
+    return {**table, **{name: value for name, value in wanted.items() if name in known}}
+
+
+def _beside(name: str) -> pathlib.Path:
+    """The folder of a checkpoint, where its recipe is."""
+    folder = pathlib.Path(checkpoints.describe(name)["path"]).parent
+    if not (folder / "recipe.toml").is_file():
+        raise FileNotFoundError(f"there is no recipe beside {name}: give --recipe, whose [data] are the real clips")
+    return folder
 
 
 def _clips(data: Data, start: int, n: int) -> Tensor:
@@ -90,7 +109,7 @@ def _tables(rows: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def _as_text(rows: list[Row]) -> str:
-    lines = [f"{'metric':<14}{'better':<8}{'model':<24}{'real data':<24}"]
+def _as_text(rows: list[Row], n: int, frames: int) -> str:
+    lines = [f"the first {frames} frames of {n} clips", f"{'metric':<14}{'better':<8}{'model':<24}{'real data':<24}"]
     lines += [f"{row.metric:<14}{row.better:<8}{row.model!s:<24}{row.real!s:<24}" for row in rows]
     return "\n".join(lines)

@@ -56,9 +56,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _recipe(args: argparse.Namespace) -> recipes.Recipe:
     overrides = list(args.set)
-    overrides += [f"train.{name}={getattr(args, name)}" for name in ("steps", "threads") if getattr(args, name)]
+    given = {name: getattr(args, name) for name in ("steps", "threads")}
+    overrides += [f"train.{name}={value}" for name, value in given.items() if value is not None]
     recipe = recipes.load(args.recipe, overrides)
-    return dataclasses.replace(recipe, data=recipes.folder_data(args.data, recipe.data)) if args.data else recipe
+    if args.data:
+        return dataclasses.replace(recipe, data=recipes.folder_data(args.data, recipe.data))
+    if "folder" not in recipe.data and hasattr(recipes.source(recipe.data), "suffixes"):
+        raise ValueError(f"{args.recipe} trains on data of yours: give --data FOLDER")
+    return recipe
 
 
 def _told(output: pathlib.Path, outcome: training.Outcome) -> str:

@@ -25,7 +25,7 @@ class Row(NamedTuple):
 def video_metrics(
     fake: Tensor, real: Tensor, other_real: Tensor, *, digits: bool = True, i3d_weights: str | os.PathLike | None = None
 ) -> list[Row]:
-    """The metrics of clips (N, C, T, H, W) in [-1, 1], over their first 10 frames.
+    """The metrics of clips (N, C, T, H, W) in [-1, 1], N at least 10, over their first 10 frames.
 
     Args:
         fake: the model's.
@@ -33,8 +33,14 @@ def video_metrics(
         other_real: as many others, between which and `real` a distance has the data's own value.
         digits: whether the clips show MNIST's digits, which three of the metrics know.
         i3d_weights: for FVD.
+
+    Raises:
+        ValueError: clips of unlike channels, heights or widths, or numbers of frames to compare.
     """
     fake, real, other_real = (clips[:, :, :WINDOW] for clips in (fake, real, other_real))
+    if not fake.shape[1:] == real.shape[1:] == other_real.shape[1:]:
+        shapes = ", ".join(str(tuple(clips.shape[1:])) for clips in (fake, real, other_real))
+        raise ValueError(f"the model's clips and both sets of real ones must have one shape (C, T, H, W), got {shapes}")
     rows = [Row("AACD", "lower", aacd(fake), aacd(real))]
     if digits:
         rows.append(Row("Flips/seq", "lower", flips(fake), flips(real)))

@@ -70,6 +70,11 @@ class SAVGANConfig:
             raise ValueError(f"num_landmarks must be two counts, each at least 1, got {self.num_landmarks}")
         object.__setattr__(self, "num_landmarks", tuple(self.num_landmarks))  # JSON and TOML have lists
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a clip: (C, T, H, W)."""
+        return self.image_channels, self.frames, self.size, self.size
+
 
 class SAVGAN(nn.Module):
     """Latents to clips.

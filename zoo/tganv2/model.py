@@ -45,6 +45,11 @@ class TGANv2Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a clip: (C, T, H, W)."""
+        return self.image_channels, self.frames, self.size, self.size
+
 
 class ConvLSTM(nn.Module):
     """h_t = o tanh(c_t), c_t = f c_{t-1} + i tanh(g); i, f, o and g are 3 x 3 convolutions of x_t and h_{t-1}.

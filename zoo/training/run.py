@@ -49,7 +49,9 @@ def run(loop: Loop, path: pathlib.Path, recipe: str, *, resume: bool = False, qu
             storage.write(path / "recipe.toml", recipe.encode())
             folder.open_logs(loop.position.total)
             if found:
-                folder.save_model(loop.shipped(), card)  # the one there is older where a save was killed after its state
+                folder.save_model(
+                    loop.shipped(), card
+                )  # the one there is older where a save was killed after its state
         with _stop_signals() as asked:
             return _train(loop, folder, card, asked, quiet or not folder)
     except TrainingError as error:
