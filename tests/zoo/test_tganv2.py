@@ -39,22 +39,24 @@ def _step(index: int = 0) -> Step:
 @pytest.mark.parametrize(
     ("options", "count"),
     [
+        ({"size": 64, "image_channels": 1}, 85_922_500),
         ({"size": 192}, 88_032_460),
         ({"size": 256}, 89_874_636),
         ({"size": 192, "lstm_channels": 512, "lstm_layers": 3}, 65_353_420),
     ],
 )
 def test_generators_are_the_tables(options: dict, count: int) -> None:
+    config = TGANv2Config(**{"image_channels": 3, **options})
     with torch.device("meta"):
-        model = TGANv2(TGANv2Config(image_channels=3, **options))
-        assert _count(model) == count  # 88.0, 89.9 and 65.4 million
+        model = TGANv2(config)
+        assert _count(model) == count  # 85.9, 88.0, 89.9 and 65.4 million
         levels = model.levels(torch.empty(1, 256), [0, 1, 0])
-    size = options["size"]
+    size, channels = config.size, config.image_channels
     assert [tuple(clips.shape) for clips in levels] == [
-        (1, 3, 16, size // 8, size // 8),
-        (1, 3, 8, size // 4, size // 4),
-        (1, 3, 4, size // 2, size // 2),
-        (1, 3, 2, size, size),
+        (1, channels, 16, size // 8, size // 8),
+        (1, channels, 8, size // 4, size // 4),
+        (1, channels, 4, size // 2, size // 2),
+        (1, channels, 2, size, size),
     ]
 
 
@@ -62,6 +64,8 @@ def test_the_discriminator_is_the_tables() -> None:
     with torch.device("meta"):
         critic = LevelDiscriminator(image_channels=3)
         assert _count(critic) == 29_019_265
+        assert _count(LevelDiscriminator(image_channels=1)) == 29_015_681
+        assert TGANv2Objective(TGANv2(tganv2.PRESETS["tganv2"])).discriminators[3].head.in_features == 1024
         x, shapes = torch.empty(1, 3, 16, 24, 24), []
         for block in critic.blocks:
             x = block(x)
