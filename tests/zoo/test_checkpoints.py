@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import socket
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import nystromgan.zoo as zoo
-from nystromgan.zoo import checkpoints, registry, storage
+from nystromgan.zoo import checkpoints, recipes, registry, storage
 
 pytestmark = pytest.mark.usefixtures("one_thread", "tiny_paper")
 
@@ -190,6 +191,34 @@ def test_every_shipped_checkpoint_loads_and_is_small() -> None:
         assert json.loads((folder / "config.json").read_text())["config"] == checkpoints.describe(name)["config"]
         assert (folder / "README.md").read_text().startswith("# ")
         assert all(parameter.isfinite().all() for parameter in zoo.load_checkpoint(name).parameters())
+
+
+def test_the_checkpoints_of_equal_budgets_ship() -> None:
+    names = ["savgan-mmnist", "3dgan-mmnist"]
+    assert set(names) <= set(zoo.list_checkpoints())
+    one, other = (recipes.load(checkpoints.SHIPPED / name) for name in names)
+    assert (one.train, one.players, one.objective, one.data) == (
+        other.train,
+        other.players,
+        other.objective,
+        other.data,
+    )
+
+
+@pytest.mark.parametrize("name", ["savgan-mmnist", "3dgan-mmnist"])
+def test_shipped_checkpoints_draw_digits_without_a_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    model = zoo.load_checkpoint(name)
+    clips = model.sample(4, seed=0)
+    untrained = type(model)(model.config).sample(4, seed=0)
+    assert (clips < -0.8).float().mean() > 0.6  # black, but for a digit
+    assert (clips.amax((1, 2, 3, 4)) > 0.5).all()
+    assert (untrained < -0.8).float().mean() < 0.1
+    assert (clips - untrained).abs().mean() > 0.5
+    assert (clips - clips[:1]).abs().mean((1, 2, 3, 4))[1:].min() > 0.02  # not all alike
 
 
 def test_attention_is_configuration_and_not_weights(tmp_path: pathlib.Path) -> None:
