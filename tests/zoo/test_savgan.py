@@ -324,9 +324,9 @@ def test_it_learns_one_clip_by_heart() -> None:
     batch = clip.expand(2, *clip.shape)
     objective = SAVGANObjective(SAVGAN(TINY))
     optimizers = {name: _optimizer(objective, name, 2e-3) for name in objective.players}
-    start = (objective.model.sample(8, seed=0) - clip).square().mean().item()
-    for i in range(45):
+    for i in range(110):
         for player, optimizer in optimizers.items():
             _turn(objective, player, batch, _step(i), optimizer)
-    end = (objective.model.sample(8, seed=0) - clip).square().mean().item()
-    assert end < 0.25 * start
+    samples = objective.model.sample(8, seed=0)
+    assert (samples - clip).square().mean() < 0.75 * clip.var()  # the best constant is off by the variance
+    assert torch.corrcoef(torch.stack((samples.flatten(), clip.expand_as(samples).flatten())))[0, 1] > 0.55
