@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from nystromgan.nn import SelfAttention3d
-from nystromgan.zoo import savgan
+from nystromgan.zoo import recipes, savgan
 from nystromgan.zoo.data.moving_mnist import MovingMNIST
 from nystromgan.zoo.savgan.discriminators import ImageDiscriminator, VideoDiscriminator
 from nystromgan.zoo.savgan.model import SAVGAN, SAVGANConfig
@@ -271,6 +271,24 @@ def test_frames_are_drawn_for_a_clip_or_a_batch(choice: str, distinct: bool) -> 
     frames = objective._frames(clips, _step())
     assert frames.shape == (32, 1, 2, 2)
     assert (len(set(frames[:, 0, 0, 0].tolist())) > 5) == distinct
+
+
+@pytest.mark.parametrize(("name", "norms", "frames"), [("savgan-paper", 3, 8), ("savgan-code", 0, 1)])
+def test_paper_and_code_have_critics_of_their_own(name: str, norms: int, frames: int) -> None:
+    recipe = recipes.load(name)
+    assert recipe.model == {"preset": name}
+    objective = SAVGANObjective(SAVGAN(dataclasses.replace(savgan.PRESETS[name], width=2)), **recipe.objective)
+    kinds = [type(layer) for layer in objective.video_discriminator.layers]
+    assert kinds.count(nn.InstanceNorm3d) == norms
+    assert kinds.count(nn.ReLU if name == "savgan-paper" else nn.LeakyReLU) == 4
+    clips = torch.arange(32.0)[None, None, :, None, None].expand(8, 1, 32, 2, 2)
+    assert (len(set(objective._frames(clips, _step())[:, 0, 0, 0].tolist())) > 1) == (frames > 1)
+    reduction = {"savgan-paper": "mean", "savgan-code": "sum"}[name]
+    assert objective.reduce is REDUCTIONS[reduction]
+    scale = {"savgan-paper": None, "savgan-code": 1.0}[name]
+    assert {layer.scale for layer in objective.video_discriminator.layers if isinstance(layer, SelfAttention3d)} == {
+        scale
+    }
 
 
 def test_objective_names_what_is_wrong() -> None:
