@@ -118,6 +118,44 @@ def test_image_distances_are_torchmetrics_of_the_features() -> None:
     assert other.value == pytest.approx((within - 2 * kernels[2].mean()).item(), rel=1e-6)
 
 
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Random ones in a file as torch-fidelity's."""
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: None)
+        patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        torch.save(module.FeatureExtractorInceptionV3("random", ["2048"]).state_dict(), path)
+    return path
+
+
+def test_inception_is_read_from_a_file_of_tensors(inception_weights: pathlib.Path) -> None:
+    network, images = fid.inception(inception_weights), torch.rand(2, 1, 8, 8) * 2 - 1
+    features = network(images)
+    assert features.shape == (2, 2048)
+    assert features.std(0).max() > 0
+    torch.testing.assert_close(network(images.expand(-1, 3, -1, -1)), features)
+
+
+def test_other_files_than_inceptions_are_refused(tmp_path: pathlib.Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth must be of torch-fidelity's Inception, got a"):
+        fid.inception(tmp_path / "other.pth")
+    (tmp_path / "text.txt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.txt must be a state dict of Inception saved by torch"):
+        fid.inception(tmp_path / "text.txt")
+
+
+def test_fid_and_kid_of_frames_have_the_datas_own_beside(real: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "inception", lambda _: lambda images: images[:, 0, ::8, ::8].flatten(1))
+    noise = (real[:20] + 0.3 * torch.randn(20, 1, 10, 32, 32)).clamp(-1, 1)
+    rows = report.video_metrics(noise, real[20:40], real[40:60], digits=False, inception_weights="file")
+    assert [row.metric for row in rows] == ["AACD", "FID", "KID"]
+    assert all(row.model.value > row.real.value for row in rows[1:])
+
+
 # Steadiness
 
 

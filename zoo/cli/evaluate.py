@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nystromgan.zoo import checkpoints, recipes, storage
 from nystromgan.zoo import config as tables
-from nystromgan.zoo.metrics import i3d
+from nystromgan.zoo.metrics import fid, i3d
 from nystromgan.zoo.metrics.flips import WINDOW
 from nystromgan.zoo.metrics.report import Row, video_metrics
 from nystromgan.zoo.progress import Progress
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the latents (0)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--i3d-weights", type=pathlib.Path, help="I3D as safetensors: adds FVD")
+    parser.add_argument("--inception-weights", type=pathlib.Path, help="Inception, torch-fidelity's: adds FID and KID")
     parser.add_argument("--output", type=pathlib.Path, help="also write the JSON object to this file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="changes the configuration: attention=exact"
@@ -40,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"n must be at least {LEAST}, got {args.n}")
     if args.i3d_weights:
         i3d.load_i3d(args.i3d_weights)  # an unfit file is better known now than after all sampling
+    if args.inception_weights:
+        fid.inception(args.inception_weights)
     overrides = {keys[0]: value for keys, value in map(tables.parse_override, args.set)}
     model: Any = checkpoints.load_checkpoint(args.name, tables.device(args.device), **overrides)
     source = _source(args)
@@ -52,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     real, other = _clips(data, 0, args.n), _clips(data, args.n, args.n)
     fake = _samples(model, args.n, args.seed)
     digits = source["source"] == "moving_mnist" and source.get("num_digits", 1) == 1
-    rows = video_metrics(fake, real, other, digits=digits, i3d_weights=args.i3d_weights)
+    weights = {"i3d_weights": args.i3d_weights, "inception_weights": args.inception_weights}
+    rows = video_metrics(fake, real, other, digits=digits, **weights)
     frames = min(WINDOW, fake.shape[2])
     report = {
         "checkpoint": args.name, "n": args.n, "frames": frames, "seed": args.seed, "data": source,

@@ -1,6 +1,7 @@
 """FID of images, by torchmetrics: the Fréchet distance in Inception's features, or in those of a network of yours."""
 
 import os
+import pickle
 from collections.abc import Callable
 
 import torch
@@ -27,12 +28,27 @@ def inception(weights: str | os.PathLike) -> Network:
     """FID's own Inception (2015-12-05), 2048 features, from a local file of torch-fidelity's weights.
 
     Raises:
-        ModuleNotFoundError: torch-fidelity, which has the network, is not installed.
+        ModuleNotFoundError: torch-fidelity, which has the network, is not installed (`pip install nystromgan[fid]`).
+        ValueError: the file is no state dict of tensors alone, or of another network.
+        FileNotFoundError: there is none.
     """
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{os.fspath(weights)} must be a state dict of Inception saved by torch: {error}") from error
+    if "Mixed_7c.branch_pool.conv.weight" not in state:
+        raise ValueError(
+            f"{os.fspath(weights)} must be of torch-fidelity's Inception, got {', '.join(list(state)[:3])}"
+        )
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     network = NoTrainInceptionV3("inception-v3-compat", ["2048"], os.fspath(weights))
-    return lambda images: network(((images.expand(-1, 3, -1, -1) + 1) * 127.5).round().to(torch.uint8))
+    return lambda images: network(((images.clamp(-1, 1).expand(-1, 3, -1, -1) + 1) * 127.5).round().to(torch.uint8))
+
+
+def given(features: Tensor) -> Tensor:
+    """The network of images whose features (N, D) are already there."""
+    return features
 
 
 def frechet_of_images(real: Tensor, fake: Tensor, network: Network, splits: int = 10) -> Estimate:
