@@ -158,6 +158,13 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         return path.split("."), value
 
 
+def seed(value: int) -> int:
+    """A seed that torch takes; ValueError for another."""
+    if not 0 <= value < 2**63:
+        raise ValueError(f"seed must be at least 0 and below 2 ** 63, got {value}")
+    return value
+
+
 def device(name: str) -> torch.device:
     """A device by name; ValueError where torch does not know it or does not find it."""
     try:

@@ -67,3 +67,15 @@ def test_memory_of_landmarks_is_below_that_of_the_matrix() -> None:
     positions = 16 * 24 * 24
     assert matrix - landmarks > 4 * positions**2  # bytes of one N x N
     assert landmarks > 2**22
+
+
+def test_a_turn_is_its_players() -> None:
+    small = {"width": 2, "num_landmarks": (4, 8)}
+    for player in ("generator", "discriminators"):
+        taken: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            real = memory.SAVGANObjective.loss
+            patch.setattr(memory.SAVGANObjective, "loss", lambda *a: (taken.append(a[1]), real(*a))[1])  # noqa: B023
+            patch.setattr(memory, "SAVGANConfig", lambda **options: SAVGANConfig(**{**options, **small}))
+            memory.turn(memory.Case("nystrom", 16, 32, 1, player))
+        assert taken == [player]

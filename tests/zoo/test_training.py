@@ -108,6 +108,12 @@ def test_losses_move_and_a_seed_repeats_them() -> None:
     assert set(losses(0)[0]) == {"critic/loss", "critic/distance", "generator/loss", "generator/spread"}
 
 
+def test_workers_change_nothing() -> None:
+    loops = [_loop(workers=workers) for workers in (0, 2)]
+    assert loops[0].step() == loops[1].step()
+    assert torch.equal(loops[0].last_batch, loops[1].last_batch)
+
+
 def test_a_critic_learns_to_tell_apart() -> None:
     loop = _loop(steps=30, players={"generator": {"learning_rate": 1e-9}})
     first, *_, last = (loop.step()["critic/distance"] for _ in range(30))
@@ -291,7 +297,8 @@ def test_every_optimizer_is_built_and_descends(name: str) -> None:
     [
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"ema": 1.0}, "ema must be at least 0 and below 1, got 1.0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, r"seed must be at least 0 and below 2 \*\* 63, got -1"),
+        ({"seed": 2**63}, r"seed must be at least 0 and below 2 \*\* 63, got 9223372036854775808"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ import fnmatch
 import json
 import os
 import pathlib
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -138,6 +139,29 @@ def test_several_stages_go_on_in_the_right_one(tiny_paper: None, recipe: str, tm
         state.unlink()
     assert _train(str(tmp_path / "run"), tmp_path / "run") == 0
     _assert_same_end(tmp_path / "run", tmp_path / "whole")
+
+
+def test_lines_of_the_log_are_the_same_after_a_kill_between_them(
+    tiny_paper: None, recipe: str, tmp_path: pathlib.Path
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert _train(recipe, whole, "--set", "train.log_every=2", "--set", "train.keep=9") == 0
+    shutil.copytree(whole, run)
+    for state in run_folder.states(run)[1:]:  # as if it had been killed after step 3, in the middle of a line
+        state.unlink()
+    assert _train(str(run), run) == 0
+    _assert_same_end(run, whole)
+    assert [line["step"] for line in _final(whole)[2]] == [2, 3, 4, 6, 8, 9]
+
+
+def test_a_finished_run_keeps_its_recipe(tiny_paper: None, recipe: str, tmp_path: pathlib.Path) -> None:
+    run = tmp_path / "run"
+    assert _train(recipe, run, "--steps", "3") == 0
+    before = (run / "recipe.toml").read_bytes()
+    assert _train(str(run), run, "--set", "train.batch=2") == 0
+    assert (run / "recipe.toml").read_bytes() == (run / "model" / "recipe.toml").read_bytes() == before
+    assert _train(str(run), run, "--set", "train.batch=2", "--steps", "4") == 0
+    assert b"batch = 2" in (run / "recipe.toml").read_bytes()
 
 
 def test_full_disk_leaves_the_last_state(

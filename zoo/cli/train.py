@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 
 import torch
@@ -40,12 +41,17 @@ def run(args: argparse.Namespace) -> int:
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     objective, data = recipe.problem()
     loop = Loop(objective, data, recipe.train, recipe.players, args.device)
     resolved = recipe.resolved(loop.settings())
     if args.dry_run:
-        print(_dry_run(resolved, estimate(loop), args.json))
+        if args.json:
+            print(_as_json(resolved, estimate(loop)))
+        else:
+            print(resolved.to_toml(), flush=True)  # before what takes its time
+            print(_as_text(estimate(loop)))
         return 0
     outcome = training.run(loop, output, resolved.to_toml(), resume=resume, quiet=args.quiet)
     if loop.processes.main:
@@ -73,14 +79,16 @@ def _told(output: pathlib.Path, outcome: training.Outcome) -> str:
     return f"Trained; {after} the model is in {output / 'model'}: `nystromgan sample {output}`."
 
 
-def _dry_run(recipe: recipes.Recipe, found: Estimate, as_json: bool) -> str:
-    if as_json:
-        tables_of = {name: getattr(recipe, name) for name in recipes.TABLES} | {"train": tables.table(recipe.train)}
-        return json.dumps({"recipe": tables_of, "estimate": dataclasses.asdict(found)}, indent=2, default=str)
+def _as_json(recipe: recipes.Recipe, found: Estimate) -> str:
+    tables_of = {name: getattr(recipe, name) for name in recipes.TABLES} | {"train": tables.table(recipe.train)}
+    return json.dumps({"recipe": tables_of, "estimate": dataclasses.asdict(found)}, indent=2, default=str)
+
+
+def _as_text(found: Estimate) -> str:
     counts = "\n".join(f"# {name}: {count:,} parameters" for name, count in found.parameters.items())
     memory = (
         f"# weights {found.weights_bytes / 2**20:.1f} MiB, optimizers {found.optimizer_bytes / 2**20:.1f} MiB, "
         f"peak {found.peak_bytes / 2**20:,.0f} MiB"
     )
     time = f"# {found.step_s:.3g} s a step (one measured), {found.total_s / 3600:.3g} h for all steps"
-    return f"{recipe.to_toml()}\n{counts}\n{memory}\n{time}"
+    return f"{counts}\n{memory}\n{time}"

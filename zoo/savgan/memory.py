@@ -1,8 +1,9 @@
 """Peak memory of a training step by attention and clip: python -m nystromgan.zoo.savgan.memory.
 
-Each case is a fresh process that takes one generator's turn, forward and backward through generator and critics, and
-reports the most resident memory during it less what was resident before. "written out" is exact attention as PyTorch
-writes it, with the N x N matrix; the others never have one. Linux, CPU.
+Each case is a fresh process that takes one turn: the generator's, forward and backward through generator and critics,
+or with `--player discriminators` the critics', with their penalties. It reports the most resident memory during it less
+what was resident before. "written out" is exact attention as PyTorch writes it, with the N x N matrix; the others never
+have one. Linux, CPU.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from nystromgan.nn import SelfAttention3d
+from nystromgan.zoo import cli
 from nystromgan.zoo.savgan.model import SAVGAN, SAVGANConfig
 from nystromgan.zoo.savgan.objective import SAVGANObjective
 from nystromgan.zoo.training.contract import Stage, Step
@@ -27,16 +29,17 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # large blocks go back to the
 
 
 class Case(NamedTuple):
-    """A kind of attention, and clips of (frames, size, size)."""
+    """A kind of attention, clips of (frames, size, size), and whose turn it is."""
 
     kind: str
     frames: int
     size: int
     batch: int
+    player: str = "generator"
 
 
 def turn(case: Case) -> None:
-    """One generator's turn."""
+    """One turn of the case's player."""
     attention = "exact" if case.kind == "written out" else case.kind
     config = SAVGANConfig(frames=case.frames, size=case.size, attention=attention)  # type: ignore[arg-type]
     objective = SAVGANObjective(SAVGAN(config))
@@ -44,10 +47,11 @@ def turn(case: Case) -> None:
         for module in objective.model.modules():
             if isinstance(module, SelfAttention3d):
                 module.backend = "reference"
-    for parameter in objective.players["discriminators"].parameters():
-        parameter.requires_grad_(False)
+    for name, player in objective.players.items():
+        for parameter in player.parameters():
+            parameter.requires_grad_(name == case.player)
     batch = torch.zeros(case.batch, 1, case.frames, case.size, case.size)
-    objective.loss("generator", batch, Step(0, Stage(), torch.Generator().manual_seed(0)))[0].backward()
+    objective.loss(case.player, batch, Step(0, Stage(), torch.Generator().manual_seed(0)))[0].backward()
 
 
 def resident(field: str) -> int:
@@ -79,6 +83,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64], help="H and W of clips of 32 frames")
+    parser.add_argument("--player", default="generator", choices=("generator", "discriminators"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -87,10 +92,10 @@ def main() -> None:
     print("| attention | clip | batch | peak |\n|---|---|---|---|")
     for size in options.sizes:
         for kind in options.kinds:
-            found = measured(Case(kind, 32, size, options.batch))
+            found = measured(Case(kind, 32, size, options.batch, options.player))
             peak = "does not fit" if found is None else f"{found / GIB:.2f} GiB"
             print(f"| {kind} | 32 x {size} x {size} | {options.batch} | {peak} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_module("nystromgan.zoo.savgan.memory", main)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from nystromgan.zoo.config import seed
+
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -16,11 +18,13 @@ class TrainOptions:
         precision: bf16 and fp16 are autocast, fp16 with a loss scale; weights stay float32.
         accumulation: pieces that a batch is computed in; raised to the number of processes.
         ema: decay per step of the average that is shipped; 0 ships the weights themselves.
-        save_every, sample_every, log_every: in steps. Saving writes the state, and the model for use.
+        save_every, sample_every, log_every: in steps. Saving writes the state, the model for use, and a line of the
+            log, which is of the steps since the line before.
         keep: how many states stay.
         samples: clips on a sample sheet.
         workers: processes that load data.
-        deterministic: only deterministic algorithms, where there are several (GPU).
+        deterministic: only deterministic algorithms, where there are several (GPU); an operation that has none ends the
+            run, with its name.
         threads: of torch on the CPU; 0: torch's choice.
     """
 
@@ -43,9 +47,10 @@ class TrainOptions:
         for name in ("steps", "batch", "accumulation", "save_every", "sample_every", "log_every", "keep", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "workers", "threads"):
+        for name in ("workers", "threads"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        seed(self.seed)
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
 

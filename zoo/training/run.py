@@ -44,6 +44,8 @@ def run(loop: Loop, path: pathlib.Path, recipe: str, *, resume: bool = False, qu
         found = run_folder.newest_state(path) if resume else None
         if found:
             loop.restore(*found)
+        if found and loop.done:  # nothing trains, so what trained it stays
+            recipe = (path / "recipe.toml").read_text(encoding="utf-8")
         card = _card(loop, recipe)
         if folder:
             storage.write(path / "recipe.toml", recipe.encode())
@@ -71,7 +73,8 @@ def _train(loop: Loop, folder: RunFolder | None, card: str, asked: list[int], qu
             recent[name].append(value)
         done, stopped = loop.position.total, loop.processes.any(bool(asked))
         last = loop.done or stopped
-        if folder and (last or done % options.log_every == 0):
+        saves = last or done % options.save_every == 0
+        if folder and (saves or done % options.log_every == 0):  # a resumed run has no steps from before its save
             means = {name: sum(values) / len(values) for name, values in recent.items()}
             folder.log(done, means)
             recent.clear()
@@ -79,7 +82,7 @@ def _train(loop: Loop, folder: RunFolder | None, card: str, asked: list[int], qu
         if folder and (last or done % options.sample_every == 0):
             image = media.sheet(loop.preview())
             folder.sheet(done, image, media.png(image))
-        if last or done % options.save_every == 0:
+        if saves:
             _save(loop, folder, card)
     return Outcome(loop.position.total, stopped)
 

@@ -17,6 +17,7 @@ import numpy
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from torch import Tensor, nn
 
 from nystromgan.zoo import checkpoints, storage
@@ -76,8 +77,8 @@ class RunFolder:
         line = json.dumps({"step": step, "time": round(time.time(), 1), **values}) + "\n"
         try:
             self._log.write(line.encode())
-            for name, value in values.items():
-                self._event(Event(step=step, summary=summary.scalar(name, value)))
+            scalars = [value for item in values.items() for value in summary.scalar(*item).value]
+            self._event(Event(step=step, summary=Summary(value=scalars)))  # one sync for all
         except OSError as error:
             raise OSError(f"the logs in {self.path} could not be written: {error.strerror}") from error
 
