@@ -61,9 +61,9 @@ def save(samples: Tensor, path: pathlib.Path, fps: float = 8.0, scale: int = 1) 
         ValueError: another ending, or still images as a video.
         OSError: as `storage.write`.
     """
-    if path.suffix not in WRITERS:
+    if path.suffix.lower() not in WRITERS:
         raise ValueError(f"output must end in {', '.join(WRITERS)}, got {path.name!r}")
-    storage.write(path, WRITERS[path.suffix](samples, fps, scale))
+    storage.write(path, WRITERS[path.suffix.lower()](samples, fps, scale))
 
 
 def _enlarged(frames: numpy.ndarray, scale: int) -> numpy.ndarray:

@@ -95,6 +95,12 @@ def parse(content: Mapping[str, Any], where: str) -> Recipe:
     for name, key in (("model", "preset"), ("data", "source"), ("train", "steps")):
         if key not in content.get(name, {}):
             raise ValueError(f"{where}: [{name}] must have {key!r}")
+    for name, key in (("model", "preset"), ("data", "source")):
+        if not isinstance(content[name][key], str):
+            raise ValueError(f"{where}: [{name}] {key} must be a name, got {content[name][key]!r}")
+    for name, table in content.get("players", {}).items():
+        if not isinstance(table, Mapping):
+            raise ValueError(f"{where}: [players.{name}] must be a table, got {name} = {table!r}")
     model = dict(content["model"])
     registry.preset(model["preset"], {key: value for key, value in model.items() if key != "preset"})
     train = tables.build(TrainOptions, content["train"], f"{where}: [train]")

@@ -16,7 +16,7 @@ import matplotlib
 import numpy
 from matplotlib.figure import Figure
 
-from nystromgan.zoo import checkpoints, media, recipes, storage
+from nystromgan.zoo import checkpoints, cli, media, recipes, storage
 from nystromgan.zoo.cli import evaluate
 from nystromgan.zoo.metrics.estimate import Estimate
 
@@ -125,4 +125,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_module("nystromgan.zoo.ship", main)

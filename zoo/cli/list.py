@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from fnmatch import fnmatch
 
 from nystromgan.zoo import checkpoints, registry
 
@@ -14,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     models = registry.list_models(args.pattern, args.task)
-    shipped = checkpoints.list_checkpoints()
-    recipes = {name: str(path) for name, path in registry.recipes().items()}
+    shipped = {name: size for name, size in checkpoints.list_checkpoints().items() if fnmatch(name, args.pattern)}
+    recipes = {name: str(path) for name, path in registry.recipes().items() if fnmatch(name, args.pattern)}
     if args.json:
         print(json.dumps({"models": models, "checkpoints": shipped, "recipes": recipes}, indent=2))
         return 0

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("n", "scale", "fps"):
         if getattr(args, name) <= 0:
             raise ValueError(f"{name} must be above 0, got {getattr(args, name)}")
+    tables.seed(args.seed)
     overrides = {keys[0]: value for keys, value in map(tables.parse_override, args.set)}
     model: Any = checkpoints.load_checkpoint(args.name, tables.device(args.device), **overrides)
     with torch.no_grad():

@@ -97,12 +97,15 @@ class ClipFolder(abc.ABC, Dataset[Tensor]):
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
         if not paths:
             raise FileNotFoundError(f"folder must hold files of {', '.join(self.suffixes)}, got none in {folder}")
-        fit, broken = [], []
+        fit, reasons = [], {}
         for path in paths:
             try:
                 fit.append(self._checked(self.inspect(path)))
             except Exception as error:  # whatever a decoder raises, the file is what is wrong
-                broken.append(f"{path}: {str(error) or type(error).__name__}")
+                reasons[path] = str(error) or type(error).__name__
+        if len(paths) > 2 and not fit and len(set(reasons.values())) == 1:  # said once: it is the folder
+            raise BrokenFileError(f"all {len(paths)} files in {folder} cannot serve: each {reasons[paths[0]]}")
+        broken = [f"{path}: {reason}" for path, reason in reasons.items()]
         if broken and not (skip_broken and fit):
             raise BrokenFileError("\n".join([f"{len(broken)} of {len(paths)} files cannot serve:", *broken]))
         if broken:

@@ -74,6 +74,8 @@ def _sizes(file: tifffile.TiffFile) -> dict[str, int]:
     series = file.series[0]
     sizes = {axis: length for axis, length in zip(series.axes, series.shape, strict=True) if length > 1 or axis in "YX"}
     time = next((axis for axis in TIME_AXES if axis in sizes), None)
+    if set(sizes) in ({"Y", "X"}, {"C", "Y", "X"}):
+        raise ValueError("holds a single frame: a recording must be one file, a stack of its frames")
     if time is None or not {"Y", "X"} <= set(sizes):
         raise ValueError(f"is no stack of frames: its axes are {series.axes} of {series.shape}")
     order = "".join(sizes)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from nystromgan.zoo import checkpoints, recipes
+from nystromgan.zoo import checkpoints, cli, recipes
 from nystromgan.zoo.cli import train
 from nystromgan.zoo.metrics import networks
 from nystromgan.zoo.metrics.report import Row, video_metrics
@@ -108,11 +108,12 @@ def main(arguments: list[str] | None = None) -> str:
         if not equals or name not in PAPER:
             parser.error(f"MODEL=CHECKPOINT must begin with one of {', '.join(PAPER)} and =, got {text!r}")
         places[name] = place
+    models = {name: checkpoints.load_checkpoint(place) for name, place in places.items()}
     real, other = real_clips(options.recipe, options.clips, options.digits)
     rows = {}
-    for name, place in places.items():
+    for name, model in models.items():
         print(f"{name}: {options.clips} clips", file=sys.stderr)
-        fake = checkpoints.load_checkpoint(place).sample(options.clips, seed=options.seed)  # type: ignore[operator]
+        fake = model.sample(options.clips, seed=options.seed)  # type: ignore[operator]
         rows[name] = video_metrics(fake, real, other, i3d_weights=options.i3d)
     shape = " x ".join(map(str, real.shape[2:]))
     note = NOTE.format(accuracy=networks.facts("digit_resnet18")["accuracy"], clips=options.clips, shape=shape)
@@ -122,4 +123,4 @@ def main(arguments: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_module("nystromgan.zoo.savgan.table", main)

@@ -50,10 +50,8 @@ def run(loop: Loop, path: pathlib.Path, recipe: str, *, resume: bool = False, qu
         if folder:
             storage.write(path / "recipe.toml", recipe.encode())
             folder.open_logs(loop.position.total)
-            if found:
-                folder.save_model(
-                    loop.shipped(), card
-                )  # the one there is older where a save was killed after its state
+            if found:  # a save that was killed after its state left an older model
+                folder.save_model(loop.shipped(), card)
         with _stop_signals() as asked:
             return _train(loop, folder, card, asked, quiet or not folder)
     except TrainingError as error:
