@@ -171,9 +171,9 @@ else:
             inputs = attention_inputs(2, 2, 40, head_dim=8, device=DEVICE)
             expected = nystrom_attention(**inputs, num_landmarks=6, pinv_iterations=2, backend="triton")
             strided = {name: x.permute(3, 0, 2, 1).contiguous().permute(1, 3, 2, 0) for name, x in inputs.items()}
-            assert torch.equal(
-                nystrom_attention(**strided, num_landmarks=6, pinv_iterations=2, backend="triton"), expected
-            )
+            output = nystrom_attention(**strided, num_landmarks=6, pinv_iterations=2, backend="triton")
+            # A GPU's kernels are compiled for the strides, and may add in another order; the interpreter has one.
+            assert relative_error(output, expected) <= (1e-6 if DEVICE == "cuda" else 0.0)
 
         @pytest.mark.parametrize(
             ("grid", "counts"), [((60,), (7,)), ((5, 12), (3, 5)), ((3, 4, 5), (2, 3, 2))], ids=str

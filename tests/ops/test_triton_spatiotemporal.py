@@ -96,7 +96,9 @@ else:
             for name, result in alone.items():
                 assert torch.equal(result, together[name][1:]), name
 
-        def test_the_layout_does_not_change_a_bit_and_outputs_have_their_own(self) -> None:
+        def test_the_layout_does_not_change_the_numbers_and_outputs_have_their_own(self) -> None:
+            """Under the interpreter not a bit; a GPU's kernels are compiled for the strides, and may add otherwise."""
+            most = 1e-6 if DEVICE == "cuda" else 0.0
             tensors = operands((1, 2, 8, 24, 40, 33), torch.float32)
             channel_major = run(tensors)
             strided = [torch.stack([x, x], -1)[..., 0] for x in tensors]
@@ -104,8 +106,8 @@ else:
             for name, result in channel_major.items():
                 assert result.is_contiguous(), name
                 assert token_major[name].mT.is_contiguous(), name
-                assert torch.equal(result, token_major[name]), name
-                assert torch.equal(result, run(strided)[name]), name
+                assert relative_error(token_major[name], result) <= most, name
+                assert relative_error(run(strided)[name], result) <= most, name
 
         def test_gamma_of_zero_leaves_the_residual_and_still_learns(self) -> None:
             tensors = operands((1, 1, 4, 8, 33, 33), torch.float32)
