@@ -100,20 +100,34 @@ def median_ms(call: Call, device: str, budget_s: float) -> float:
     return 1e3 * statistics.median(samples_s(CLOCKS[device], [call], budget_s))
 
 
-def graphed(call: Call) -> Call | None:
-    """The call as a CUDA graph, which costs the CPU nothing; None where it cannot be captured."""
+def graphed(calls: Sequence[Call]) -> Call | None:
+    """The calls as one CUDA graph, which costs the CPU nothing; None where they cannot be captured."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     try:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            call()
+            calls[0]()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
-            call()
+            for call in calls:
+                call()
     except RuntimeError:
         torch.cuda.synchronize()
         return None
     return graph.replay
+
+
+def launches(call: Call) -> int | None:
+    """How many kernels a warm call launches, copies and fills apart; None where the profiler sees none."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    names = [event.name for event in seen.events() if event.device_type == DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names) or None
 
 
 def waited_s() -> float:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nystromgan import _backend, testing
+from nystromgan import _backend
+from nystromgan.bench import draw
 from nystromgan.bench.case import BACKWARD, BY, COMPILED, FORWARD, OURS, TUNED, Case, Form, Inputs, Peer, Shape
 
 
@@ -15,8 +16,8 @@ def forms_of(case: Case, compiled: bool) -> list[str]:
     names = [OURS]
     for name, peer in case.peers.items():
         names += [name] if compiled or not peer.needs_compile else []
-        if compiled and case.compiled_in_full and peer.compiled:
-            names += [name + COMPILED] + ([name + TUNED] if peer.tuned else [])
+        if compiled and case.compiled_in_full:
+            names += ([name + COMPILED] if peer.compiled else []) + ([name + TUNED] if peer.tuned else [])
     return names
 
 
@@ -55,6 +56,8 @@ def function_of(case: Case, form: str, backend: str = "auto") -> Form:
     if form.endswith(COMPILED):
         return torch.compile(made, dynamic=False)
     if form.endswith(TUNED):
+        # Without torch.compile's own CUDA graphs, which no other form's plain call has: a graph of every form's call is
+        # captured and timed by the clock, and within it theirs would only add copies of the inputs.
         return torch.compile(made, dynamic=False, mode="max-autotune-no-cudagraphs")
     return made
 
@@ -108,5 +111,5 @@ def as_list(output: Tensor | Sequence[Tensor]) -> list[Tensor]:
 def direction(output: Tensor) -> Tensor:
     """A fixed direction; every head of every sample has the same, so that a part of the output has that part of it."""
     shape = output.shape if output.ndim < 4 else (1, 1, *output.shape[2:])
-    direction = testing.normal(*shape, dtype=torch.bfloat16, device=output.device.type, seed=9)
+    direction = draw.normal(*shape, dtype=torch.bfloat16, device=output.device.type, seed=9)
     return direction.to(output).expand_as(output).contiguous()

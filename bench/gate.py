@@ -1,5 +1,7 @@
 """What lets a form be timed: it would not take too long or too much, and its result is right."""
 
+import time
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,10 @@ LIMIT_BYTES = {"cpu": 4 * 2**30, "cuda": 24 * 2**30}  # of N x N weights
 def why_not(case: Case, form: str, mode: str, plan: Plan) -> str | None:
     """The reason to leave a form out; None: measure it."""
     peer = peer_of(case, form)
+    if time.perf_counter() > plan.deadline:
+        return "beyond the budget"
+    if (case.name, form) in plan.failed:
+        return "failed in a process of its own"
     if peer is None:
         return None
     if compiles(case, form) and plan.compiling is not None and plan.compiling.left_s <= 0:

@@ -59,7 +59,8 @@ class Measurement:
 
     def __init__(self, case: Case, mode: str, plan: Plan) -> None:
         self.case, self.mode, self.plan, self.timer = case, mode, plan, clock.CLOCKS[plan.device]
-        forms = forms_of(case, plan.compiling is not None and mode != BACKWARD) + by_backend(case, plan.device)
+        ours, *peers = forms_of(case, plan.compiling is not None and mode != BACKWARD)
+        forms = [ours, *by_backend(case, plan.device), *peers]
         self.found = {form: _row(case, form, mode) for form in forms}  # all that is known of each but its times
         self.repeats: dict[str, int] = {}
         self.visits: list[Samples] = []
@@ -74,7 +75,7 @@ class Measurement:
         effort = self.plan.effort.of_visit(len(self.visits))
         self.visits.append(interleaved(calls, self.repeats, self.timer, effort))
         if self.plan.device == "cuda" and len(self.visits) == 1:
-            self._time_graphs(calls)
+            self._on_gpu(calls)
         gc.collect()
         return [row | self._times(form) for form, row in self.found.items()]
 
@@ -86,14 +87,14 @@ class Measurement:
         return [first, *(case.make(device, case.shape, seed) for seed in range(1, count))]
 
     def _gated(self, sets: Sequence[Inputs]) -> Iterator[tuple[str, list[clock.Call]]]:
-        """Every form that is not left out, with its calls; a row of one that is says why."""
+        """Every form that is not left out, with its calls, the slow ones last; a row of one that is says why."""
         exact = Exact(self.case, sets[0], self.mode)
-        for form, row in self.found.items():
+        for form, row in sorted(self.found.items(), key=lambda item: self._slowness(item[0])):
             reason = why_not(self.case, form, self.mode, self.plan)
             if reason is None:
                 yield form, self._calls(form, sets, exact)
             else:
-                row["not_run"] = reason
+                row["wrong" if (self.case.name, form) in self.plan.failed else "not_run"] = reason
 
     def _again(self, sets: Sequence[Inputs]) -> Iterator[tuple[str, list[clock.Call]]]:
         """What the visit before has timed, from the last to the first, as far as torch.compile has time left."""
@@ -127,13 +128,29 @@ class Measurement:
             row["wrong"] = True
         return "wrong" not in row
 
-    def _time_graphs(self, calls: dict[str, list[clock.Call]]) -> None:
-        """Adds the time of a call as a CUDA graph, where it can be one."""
-        if self.mode == BACKWARD or self.case.optimizer is not None:
-            return
+    def _slowness(self, form: str) -> tuple[bool, float]:
+        peer = peer_of(self.case, form)
+        return compiles(self.case, form), 0.0 if peer is None else peer.flops
+
+    def _on_gpu(self, calls: dict[str, list[clock.Call]]) -> None:
+        """Adds the allocator's peak, and the time of a call in a CUDA graph of one on each set, where it can be one."""
         for form, several in calls.items():
-            graph = clock.graphed(several[0])
-            self.found[form]["graph_ms"] = graph and clock.median_ms(graph, "cuda", 0.1)
+            try:
+                self.found[form] |= self._peak_and_graph(several)
+            except Exception as error:  # it has a time, and may have no room for a graph
+                self.found[form]["no_graph"] = f"{type(error).__name__}: {str(error)[:160]}"
+            torch.cuda.empty_cache()  # of what the graph kept to itself
+        ours_ms = self.found[OURS].get("graph_ms")
+        for row in self.found.values():
+            if ours_ms and row.get("graph_ms"):
+                row["graph_ratio"] = row["graph_ms"] / ours_ms
+
+    def _peak_and_graph(self, calls: list[clock.Call]) -> Row:
+        found: Row = {"peak_bytes": allocated_bytes(calls[0])}
+        if self.mode != BACKWARD and self.case.optimizer is None:
+            graph = clock.graphed(calls)
+            found["graph_ms"] = graph and clock.median_ms(graph, "cuda", 0.1) / len(calls)
+        return found
 
     def _times(self, form: str) -> Row:
         """Over all visits; none of a form that raised in one of them."""
@@ -144,6 +161,16 @@ class Measurement:
         if not other_function(self.case, form):
             times["floor_ms"] = floor_ms(self.case, self.mode, self.plan.rates)
         return times
+
+
+def allocated_bytes(call: clock.Call) -> int:
+    """The most bytes that a warm call has allocated on the GPU beyond those before it."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _row(case: Case, form: str, mode: str) -> Row:

@@ -76,12 +76,7 @@ def on_gpu(keys: Sequence[Key]) -> Iterator[int]:
     for name, form, mode in keys:
         call = forms.prepared(found[name], form, mode, "cuda")
         call()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        yield torch.cuda.max_memory_allocated() - before
+        yield measure.allocated_bytes(call)
 
 
 def on_cpu(keys: Sequence[Key]) -> Iterator[int | None]:

@@ -1,8 +1,10 @@
 """What a run measures on, and how long."""
 
 import contextlib
+import math
+import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
@@ -48,10 +50,32 @@ class Allowance:
 
 
 class Plan(NamedTuple):
-    """What a run measures on: device and backend, how long, the time for torch.compile if any, the machine's rates."""
+    """What a run measures on: device and backend, how long, the time for torch.compile if any, the machine's rates.
+
+    No form is started after the deadline, on time.perf_counter's clock, and none that is in `failed`: (case, form),
+    which must not take this process down.
+    """
 
     device: str
     rates: dict[str, float]
     effort: Effort = QUICK
     compiling: Allowance | None = None
     backend: str = "auto"
+    deadline: float = math.inf
+    failed: frozenset[tuple[str, str]] = frozenset()
+
+
+class Stage(NamedTuple):
+    """What a stage of `gpu_check` is asked for; it starts nothing after its deadline, on time.perf_counter's clock."""
+
+    device: str
+    tiny: bool = False
+    ops: Sequence[str] | None = None
+    deadline: float = math.inf
+    folder: pathlib.Path = pathlib.Path()
+
+    def wants(self, op: str) -> bool:
+        return self.ops is None or op in self.ops
+
+    def left_s(self) -> float:
+        return self.deadline - time.perf_counter()

@@ -56,7 +56,7 @@ def merged(rows: list[Row], new: list[Row], device: str, earlier: list[Row] | No
     for row in new:
         old = before.get((row["case"], row["mode"], row["form"]), {})
         if "median_ms" in row and "median_ms" in old:
-            row |= {"peak_bytes": old["peak_bytes"]} if "peak_bytes" in old else {}
+            row |= {"peak_bytes": old["peak_bytes"]} if "peak_bytes" in old and "peak_bytes" not in row else {}
             row |= {"ratio_before": old["ratio"]} if old.get("commit") == row.get("commit") and "ratio" in old else {}
     order = {case.name: i for i, case in enumerate(cases(device))}
     places = {(row["case"], row["mode"]) for row in new}

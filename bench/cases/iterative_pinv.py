@@ -6,6 +6,7 @@ import torch
 
 import nystromgan
 from nystromgan import testing
+from nystromgan.bench import draw
 from nystromgan.bench.baselines import landmark
 from nystromgan.bench.case import DTYPES, Case, Inputs, Peer, Shape, by_mode
 
@@ -14,6 +15,8 @@ QUICK = ((8, 64), (1, 512))
 
 def cases(device: str) -> list[Case]:
     sizes = [(8, 16), *QUICK[:1], (8, 128), (8, 256), *QUICK[1:]]
+    if device == "cuda":
+        sizes += [(64, 64), (64, 512)]
     return [pinv_case(matrices, side, dtype) for matrices, side in sizes for dtype in ("fp32", "bf16")]
 
 
@@ -24,7 +27,7 @@ def pinv_case(matrices: int, side: int, dtype: str) -> Case:
     """
 
     def make(device: str, shape: Shape, seed: int) -> Inputs:
-        logits = testing.normal(shape["B"], shape["M"], shape["M"], device=device, seed=seed)
+        logits = draw.normal(shape["B"], shape["M"], shape["M"], device=device, seed=seed)
         sums = torch.linspace(0.9, 1.0, shape["M"], device=device)[:, None]
         return {"matrix": (logits.softmax(-1) * sums).to(DTYPES[dtype])}
 

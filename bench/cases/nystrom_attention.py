@@ -8,6 +8,7 @@ from torch import Tensor
 
 import nystromgan
 from nystromgan import testing
+from nystromgan.bench import draw
 from nystromgan.bench.baselines import exact, landmark, packages
 from nystromgan.bench.case import DTYPES, FORWARD, FULL, MODES, PASSES, PLAIN, Case, Form, Inputs, Peer, Shape, by_mode
 
@@ -25,7 +26,7 @@ FASTEST = (landmark.two_sdpa, landmark.eager)  # one of them is, under torch.com
 def cases(device: str) -> list[Case]:
     found = [
         landmark_case("landmarks", (1, 8, tokens, 64, 64, 64), dtype, device)
-        for tokens in (512, 1024, 4096, 16384, 65536)
+        for tokens in sorted((512, 1024, 4096, 16384, 65536, *((2048, 8192) if device == "cuda" else ())))
         for dtype in ("fp32", "bf16")
     ]
     found += [
@@ -36,12 +37,12 @@ def cases(device: str) -> list[Case]:
     found += [
         landmark_case("savgan", (batch, 1, tokens, d, e, landmarks), dtype, device)
         for d, e, tokens, landmarks in ((8, 64, 2048, 64), (4, 32, 16384, 512))
-        for batch in (1, 4)
+        for batch in (1, 4, *((8,) if device == "cuda" else ()))
         for dtype in ("fp32", "bf16")
     ]
     if device == "cuda":  # the sizes that FlashNystrom's authors give for an H100
         found.append(landmark_case("flashnystrom", (4, 16, 131072, 128, 128, 64), "bf16", device))
-    found += [clustered_case(16384, dtype) for dtype in ("fp32", "bf16")]
+    found += [clustered_case(16384, dtype, device) for dtype in ("fp32", "bf16")]
     return found + [video_case((8, 32, 32), dtype, device) for dtype in ("fp32", "bf16")]
 
 
@@ -51,18 +52,26 @@ def ours(**options: Any) -> Callable[[str], Form]:
 
 def tokens_of(dtype: str) -> Callable[[str, Shape, int], Inputs]:
     def make(device: str, shape: Shape, seed: int) -> Inputs:
-        sizes = (shape["B"], shape["H"], shape["N"], None, shape["D"], shape["E"])
-        return testing.attention_inputs(*sizes, dtype=DTYPES[dtype], device=device, seed=seed)
+        sizes = (shape["B"], shape["H"], shape["N"], shape["D"], shape["E"])
+        return draw.tokens(*sizes, dtype=DTYPES[dtype], device=device, seed=seed)
 
     return make
 
 
-def work(shape: Shape, dtype: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Operations and bytes: products F, G, F (Z G V), G V and the pseudo-inverse's; each tensor moved once."""
-    rows, width = shape["B"] * shape["H"] * shape["N"], shape["D"] + shape["E"]
-    flops = 4.0 * rows * shape["M"] * width + 48.0 * shape["B"] * shape["H"] * shape["M"] ** 3
-    moved = DTYPES[dtype].itemsize * rows * 2.0 * width
-    return by_mode(flops, 3.5 * flops), by_mode(moved, 3 * moved)
+def work(shape: Shape, dtype: str, device: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Operations and bytes: products F, G, F (Z G V), G V and the pseudo-inverse's; each tensor moved once.
+
+    A GPU's caches hold no sequence between two passes over it, so what the algorithm reads twice counts twice there:
+    queries for their landmarks and for F; in a backward queries and the output's gradient, for F's landmarks and for
+    d query. With D = E those are 5 N D elements forward and 14 N D in both passes.
+    """
+    rows, head, value = shape["B"] * shape["H"] * shape["N"], shape["D"], shape["E"]
+    flops = 4.0 * rows * shape["M"] * (head + value) + 48.0 * shape["B"] * shape["H"] * shape["M"] ** 3
+    forward, both = 2 * (head + value), 6 * (head + value)
+    if device == "cuda":
+        forward, both = 3 * head + 2 * value, 8 * head + 6 * value
+    bytes_a_row = DTYPES[dtype].itemsize * float(rows)
+    return by_mode(flops, 3.5 * flops), by_mode(bytes_a_row * forward, bytes_a_row * both)
 
 
 def held(shape: Shape, dtype: str) -> dict[str, float]:
@@ -86,6 +95,13 @@ def full_attention(shape: Shape, device: str) -> dict[str, Peer]:
     }
 
 
+def _is_tuned(make: Callable[[int], Form], tokens: int, device: str) -> bool:
+    """Whether a form has a row under max-autotune, which takes minutes: on a GPU, the same algorithm in eager too."""
+    if device == "cuda":
+        return tokens >= 16384 and make in FASTEST
+    return tokens <= 16384 and make is landmark.two_sdpa
+
+
 def landmark_case(group: str, sizes: tuple[int, ...], dtype: str, device: str) -> Case:
     """Segment means; D, E, N and M as `sizes` (B, H, N, D, E, M) gives them."""
     shape = dict(zip("BHNDEM", sizes, strict=True))
@@ -94,7 +110,7 @@ def landmark_case(group: str, sizes: tuple[int, ...], dtype: str, device: str) -
     peers = {
         name: Peer(
             functools.partial(make, landmarks), compiled=many or make in FASTEST,
-            tuned=many and group == "landmarks" and make is landmark.two_sdpa,
+            tuned=group == "landmarks" and _is_tuned(make, tokens, device),
         )
         for name, make in MAKERS.items()
     }  # fmt: skip
@@ -114,7 +130,7 @@ def landmark_case(group: str, sizes: tuple[int, ...], dtype: str, device: str) -
         )  # fmt: skip
     if group != "dims":
         peers |= full_attention(shape, device)
-    flops, moved = work(shape, dtype)
+    flops, moved = work(shape, dtype, device)
     compiled_in_full = (group == "landmarks" and tokens >= 16384) or (
         (group, shape["B"], tokens, dtype) == ("savgan", 1, 16384, "fp32")
     )
@@ -128,13 +144,13 @@ def landmark_case(group: str, sizes: tuple[int, ...], dtype: str, device: str) -
     )  # fmt: skip
 
 
-def clustered_case(tokens: int, dtype: str) -> Case:
+def clustered_case(tokens: int, dtype: str, device: str) -> Case:
     """Two Lloyd steps beside plain segment means: what better landmarks cost.
 
     A token midway between two landmarks may go to either, so the result is held to the error that such flips make.
     """
     shape = {"B": 1, "H": 8, "N": tokens, "D": 64, "E": 64, "M": 64}
-    flops, moved = work(shape, dtype)
+    flops, moved = work(shape, dtype, device)
     # Two steps for queries and for keys: distances to all landmarks, then sums.
     assignment = 2 * 2 * 2.0 * 8 * tokens * 64 * 64
     plain = ours(num_landmarks=64)
@@ -169,7 +185,7 @@ def video_case(grid: tuple[int, int, int], dtype: str, device: str) -> Case:
         peers[f"neighbourhood {WINDOW} x {WINDOW} x {WINDOW}, NATTEN"] = Peer(
             lambda: exact.natten_neighbourhood(grid, WINDOW), near
         )
-    flops, moved = work(shape, dtype)
+    flops, moved = work(shape, dtype, device)
     return Case(
         OP, "video", shape, dtype, tokens_of(dtype), form, peers | full_attention(shape, device), flops, moved,
         {**shape, "N": 512, "grid": (8, 8, 8)}, testing.TOLERANCES[DTYPES[dtype]], heads=True,

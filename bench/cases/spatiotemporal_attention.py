@@ -4,6 +4,7 @@ import functools
 
 import nystromgan
 from nystromgan import testing
+from nystromgan.bench import draw
 from nystromgan.bench.baselines import exact
 from nystromgan.bench.case import DTYPES, MODES, Case, Inputs, Peer, Shape, by_mode
 
@@ -11,7 +12,8 @@ from nystromgan.bench.case import DTYPES, MODES, Case, Inputs, Peer, Shape, by_m
 def cases(device: str) -> list[Case]:
     sizes = [(1, 16, 128, 64)]
     if device == "cuda":
-        sizes += [(8, 32, 128, 64), (2, 32, 128, 128), (8, 8, 64, 64), (8, 64, 256, 64)]
+        sizes += [(batch, 32, 128, side) for batch, side in ((1, 64), (1, 128), (8, 64), (2, 128))]
+        sizes += [(8, 8, 64, 64), (8, 64, 256, 64)]
     return [map_case(*size, dtype, device) for size in sizes for dtype in ("fp32", "bf16")]
 
 
@@ -21,8 +23,7 @@ def map_case(batch: int, channels: int, value_channels: int, side: int, dtype: s
 
     def make(device: str, shape: Shape, seed: int) -> Inputs:
         grid = (shape["side"], shape["side"])
-        sizes = (shape["B"], shape["C"], grid, None, shape["E"])
-        return testing.map_inputs(*sizes, dtype=DTYPES[dtype], device=device, seed=seed)
+        return draw.maps(shape["B"], shape["C"], grid, shape["E"], dtype=DTYPES[dtype], device=device, seed=seed)
 
     pairs, width = batch * side**4, channels + value_channels
     forward = 2.0 * pairs * width
