@@ -5,10 +5,11 @@ VENV ?= .venv
 CXX ?= g++
 PIP_FLAGS ?=
 PY := $(VENV)/bin/python
+LINKED := build/linked
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format native cuda-check wheel sanitize bench gpu-check clean
+.PHONY: demo test lint linked format native cuda-check wheel sanitize bench bench-docs gpu-check clean
 
 demo: native
 	$(PY) -m nystromgan.zoo.demo
@@ -16,13 +17,16 @@ demo: native
 test: lint native
 	$(PY) -m pytest -q
 
-lint: $(READY)
+lint: $(READY) linked
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	@# mypy does not follow the editable install, so it gets the package in its installed form, through links.
-	@rm -rf build/typing && mkdir -p build/typing/nystromgan
-	@ln -s $(CURDIR)/nystromgan/* $(CURDIR)/zoo $(CURDIR)/bench build/typing/nystromgan/
-	cd build/typing && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml -p nystromgan
+	cd $(LINKED) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml -p nystromgan
+
+# The package in its installed form, through links: for mypy, which does not follow the editable install, and for a
+# Python in which nothing can be installed.
+linked:
+	@rm -rf $(LINKED) && mkdir -p $(LINKED)/nystromgan
+	@ln -s $(CURDIR)/nystromgan/* $(CURDIR)/zoo $(CURDIR)/bench $(LINKED)/nystromgan/
 
 format: $(READY)
 	$(PY) -m ruff check --fix .
@@ -59,10 +63,12 @@ bench-docs: $(READY)
 	$(PY) -m nystromgan report --readme README.md
 	$(PY) -m nystromgan report --docs docs
 
-# On a machine with a GPU: the op tests, correctness against float64, tuning and speed, into bench/results. STAGE picks
-# one of them.
-gpu-check: $(READY)
-	$(PY) -m nystromgan.bench.gpu_check $(if $(STAGE),--stage $(STAGE))
+# On a machine with a GPU: the project's targets, correctness against float64, the op tests, tuning and speed, into
+# bench/results or OUTPUT. STAGE names some of them, BUDGET_S the seconds of each. Where nothing can be installed,
+# `make gpu-check PY=python3 OFFLINE=1` takes the machine's own Python, torch, triton, numpy, einops and pytest.
+gpu-check: $(if $(OFFLINE),linked,$(READY))
+	$(if $(OFFLINE),PYTHONPATH=$(CURDIR)/$(LINKED) PYTHONSAFEPATH=1) $(PY) -m nystromgan.bench.gpu_check \
+	$(addprefix --stage ,$(STAGE)) $(if $(BUDGET_S),--budget-s $(BUDGET_S)) $(if $(OUTPUT),--output $(OUTPUT))
 
 clean:
 	rm -rf build dist out nystromgan/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ import torch
 from nystromgan.bench.case import Case
 from nystromgan.bench.measure import quartile
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOISE = 0.05  # a change of the median ratio below this share is no news
 LEAST_ROUNDS, MOST_ROUNDS, BUDGET_S = 7, 25, 4.0
 

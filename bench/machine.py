@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nystromgan import _doctor
+from nystromgan import _doctor, _env
 from nystromgan.bench import clock
 from nystromgan.bench.case import DTYPES
 
@@ -44,20 +44,23 @@ def describe(device: str) -> dict[str, Any]:
     doctor = _doctor.inspect_machine()
     return {
         "name": name(device), "device": device, "cpu": doctor["cpu"], "gpus": doctor["gpus"],
-        "system": f"{platform.system()} {platform.machine()}", "versions": doctor["versions"], "commit": _commit(),
+        "system": f"{platform.system()} {platform.machine()}", "versions": doctor["versions"], "commit": commit(),
     }  # fmt: skip
 
 
-def _commit() -> str | None:
-    """The commit of the checkout, with + where tracked files of the package differ from it."""
-    root = pathlib.Path(__file__).parents[1]
-    describe = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*"]
-    changed = ["git", "-C", str(root), "diff", "--quiet", "HEAD", "--", "nystromgan", "csrc"]
+def commit() -> str | None:
+    """The commit of the checkout, with + where tracked files of the package or of the benchmark differ from it.
+
+    Where git knows none, as in a copy without .git, NYSTROMGAN_COMMIT, if set.
+    """
+    git = ["git", "-C", str(pathlib.Path(__file__).resolve().parents[1])]
+    changed = [*git, "diff", "--quiet", "HEAD", "--", "nystromgan", "csrc", "bench", ":!bench/results"]
     try:
-        done = subprocess.run(describe, capture_output=True, text=True, check=True)
+        done = subprocess.run([*git, "describe", "--always", "--abbrev=12", "--exclude=*"], capture_output=True,
+                              text=True, check=True)  # fmt: skip
         return done.stdout.strip() + ("+" if subprocess.run(changed).returncode else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return _env.commit() or None
 
 
 def rates(device: str, tiny: bool = False) -> dict[str, float]:

@@ -13,6 +13,11 @@ def cpu_isa() -> str:
     return os.environ.get("NYSTROMGAN_CPU_ISA", "")
 
 
+def commit() -> str:
+    """NYSTROMGAN_COMMIT: the commit that benchmarks name in a copy of the tree without git; empty means unknown."""
+    return os.environ.get("NYSTROMGAN_COMMIT", "")
+
+
 def native_library_dir() -> str:
     """NYSTROMGAN_LIBRARY_DIR: where to look for the native libraries; empty means inside the package."""
     return os.environ.get("NYSTROMGAN_LIBRARY_DIR", "")
