@@ -1,7 +1,6 @@
 """The correctness stage: every GPU backend against the definition in float64, and what a launch must keep."""
 
 import functools
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,10 +9,13 @@ from torch import Tensor
 
 import nystromgan
 from nystromgan import _backend, testing
-from nystromgan.bench.case import Inputs
+from nystromgan.bench import gpu_parts
+from nystromgan.bench.case import DTYPES, Inputs
+from nystromgan.bench.plan import Stage
 from nystromgan.ops.power_iteration import spectral_normalize
 
-GPU_BACKENDS = ("cuda", "triton")
+GPU_BACKENDS = ("triton", "cuda")  # what has run on GPUs comes first
+DTYPE_NAMES = {**DTYPES, "fp16": torch.float16}
 Row = dict[str, Any]
 
 
@@ -49,13 +51,8 @@ def checks(tiny: bool) -> list[Check]:
         for n, s, d, e, m in (tokens[:1] if tiny else tokens)
     ]
     sides = (9,) if tiny else (9, 64, 128, 200)
-    found += [Check("iterative_pinv", f"M={m}", _pinv_of_softmax, _matrices(m), {}) for m in sides]
+    found += [Check("iterative_pinv", f"M={m}", nystromgan.iterative_pinv, _matrices(m), {}) for m in sides]
     return found
-
-
-def _pinv_of_softmax(matrix: Tensor, **options: Any) -> Tensor:
-    wide = matrix if matrix.dtype == torch.float64 else matrix.float()
-    return nystromgan.iterative_pinv(wide.softmax(-1), **options)
 
 
 def _maps(grid: tuple[int, ...], key_grid: tuple[int, ...], channels: int, values: int) -> Callable[..., Inputs]:
@@ -69,30 +66,49 @@ def _tokens(queries: int, keys: int, head_dim: int, value_dim: int) -> Callable[
 
 
 def _matrices(side: int) -> Callable[..., Inputs]:
-    return lambda dtype, device: {"matrix": testing.normal(3, side, side, dtype=dtype, device=device)}
+    """Softmax matrices, but for their row sums: equal ones would leave the gradient of |A|_inf to rounding."""
+
+    def make(dtype: torch.dtype, device: str) -> Inputs:
+        sums = torch.linspace(0.9, 1.0, side, dtype=torch.float64)[:, None]
+        return {"matrix": (testing.normal(3, side, side, dtype=torch.float64).softmax(-1) * sums).to(device, dtype)}
+
+    return make
 
 
-def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path) -> Iterator[Row]:
+def rows(stage: Stage) -> Iterator[Row]:
     """One row a check: its errors against float64 and the dtype's tolerances; `wrong` where one is above."""
-    for backend in GPU_BACKENDS:
-        for op in _backend.IMPLEMENTED:
-            if (ops is None or op in ops) and not _backend.unsupported_reasons(op, backend, []):
-                yield from _op_rows(op, backend, device, tiny)
+    able = [
+        (backend, op)
+        for backend in GPU_BACKENDS
+        for op in _backend.IMPLEMENTED
+        if stage.wants(op) and not _backend.unsupported_reasons(op, backend, [])
+    ]
+    dtypes = ("fp32",) if stage.tiny else DTYPE_NAMES
+    parts: list[Row] = [{"backend": b, "op": op, "dtype": dtype} for b, op in able for dtype in dtypes]
+    yield from gpu_parts.rows(stage, "gpu_checks", parts)
+    if stage.device == "cuda":
+        promised = [{"backend": b, "op": op} for b, op in able if op != "power_iteration"]
+        for names, cold in ((PROMISES.keys() - COLD, False), (COLD, True)):
+            parts = [{**part, "promise": name} for part in promised for name in sorted(names)]
+            yield from gpu_parts.rows(stage, "gpu_checks", parts, cold)
 
 
-def _op_rows(op: str, backend: str, device: str, tiny: bool) -> Iterator[Row]:
+def part_rows(
+    backend: str, op: str, device: str, tiny: bool, dtype: str | None = None, promise: str | None = None
+) -> Iterator[Row]:
+    """The checks of an op on a backend in one dtype, or one of its promises."""
+    if promise is not None:
+        check = next(check for check in checks(False) if check.op == op)
+        yield _guarded(op, backend, promise, functools.partial(PROMISES[promise], check, backend, device))
+    if dtype is None:
+        return
+    kind = DTYPE_NAMES[dtype]
     for check in checks(tiny):
         if check.op == op:
-            for dtype in (torch.float32,) if tiny else _backend.NATIVE_DTYPES:
-                errors = functools.partial(_errors, check, dtype, backend, device)
-                yield _guarded(op, backend, f"{check.name} {dtype}", errors)
+            errors = functools.partial(_errors, check, kind, backend, device)
+            yield _guarded(op, backend, f"{check.name} {kind}", errors)
     if op == "power_iteration":
-        for dtype in (torch.float32,) if tiny else _backend.NATIVE_DTYPES:
-            yield _guarded(op, backend, str(dtype), functools.partial(_power_errors, dtype, backend, device, tiny))
-    elif device == "cuda":
-        case = next(check for check in checks(False) if check.op == op)
-        for name, promise in PROMISES.items():
-            yield _guarded(op, backend, name, functools.partial(promise, case, backend, device))
+        yield _guarded(op, backend, str(kind), functools.partial(_power_errors, kind, backend, device, tiny))
 
 
 def _guarded(op: str, backend: str, name: str, check: Callable[[], Row]) -> Row:
@@ -155,7 +171,7 @@ def _same_bits(check: Check, backend: str, device: str) -> Row:
 
 
 def _graph(check: Check, backend: str, device: str) -> Row:
-    """A CUDA graph of forward and backward, replayed on other inputs, gives what an ordinary call gives."""
+    """A CUDA graph of both passes, replayed on other inputs, gives what an ordinary call gives."""
     inputs = _leaves(check, device)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -186,18 +202,57 @@ def _compiled(check: Check, backend: str, device: str) -> Row:
     return {"wrong": not torch.equal(output, call(**inputs))}
 
 
+def _reduced_overhead(check: Check, backend: str, device: str) -> Row:
+    """torch.compile's own CUDA graphs, where the first call of the process is theirs, give the same bits in every call.
+
+    What a first call builds and keeps is then built while they warm up or record, in memory that they use again.
+    """
+    calls = 4  # the first warms up, the second records, the rest replay
+
+    def call(**tensors: Tensor) -> Tensor:
+        return check.function(**tensors, **check.options, backend=backend)
+
+    compiled = torch.compile(call, fullgraph=True, mode="reduce-overhead")
+    inputs = [_leaves(check, device, 1 / (i + 1)) for i in range(calls)]
+    found = []
+    for x in inputs:
+        torch.compiler.cudagraph_mark_step_begin()
+        output = compiled(**x)
+        gradients = torch.autograd.grad(output.float().square().sum(), list(x.values()))
+        found.append([result.detach().clone() for result in (output, *gradients)])
+    expected = [_gradients(check, x, backend) for x in inputs]
+    pairs = [pair for mine, theirs in zip(found, expected, strict=True) for pair in zip(mine, theirs, strict=True)]
+    return {"wrong": not all(torch.equal(x, y) for x, y in pairs)}
+
+
 def _streams(check: Check, backend: str, device: str) -> Row:
-    """Calls on several streams at once give what they give alone."""
+    """Calls on several streams at once, the first of the process among them, give what they give alone.
+
+    The first stream is busy for seconds: what its call builds and keeps is not there yet when the others run.
+    """
     inputs = [_leaves(check, device, 1 / (i + 1)) for i in range(4)]
-    alone = [check.function(**x, **check.options, backend=backend) for x in inputs]
     streams = [torch.cuda.Stream() for _ in inputs]
     together = []
     torch.cuda.synchronize()
+    with torch.cuda.stream(streams[0]):
+        torch.cuda._sleep(BUSY_CYCLES)
     for stream, x in zip(streams, inputs, strict=True):
         with torch.cuda.stream(stream):
-            together.append(check.function(**x, **check.options, backend=backend))
+            together.append(_gradients(check, x, backend))
     torch.cuda.synchronize()
-    return {"wrong": not all(torch.equal(x, y) for x, y in zip(alone, together, strict=True))}
+    alone = [_gradients(check, x, backend) for x in inputs]
+    torch.cuda.synchronize()
+    pairs = [pair for mine, theirs in zip(together, alone, strict=True) for pair in zip(mine, theirs, strict=True)]
+    return {"wrong": not all(torch.equal(x, y) for x, y in pairs)}
 
 
-PROMISES = {"same bits": _same_bits, "CUDA graph": _graph, "torch.compile": _compiled, "streams": _streams}
+BUSY_CYCLES = 10_000_000_000  # about 5 s
+# Each runs in a process of its own, in which nothing has been called before; those in COLD find no compiled kernels.
+PROMISES = {
+    "same bits": _same_bits,
+    "CUDA graph": _graph,
+    "torch.compile": _compiled,
+    "torch.compile's CUDA graphs, cold": _reduced_overhead,
+    "streams, cold": _streams,
+}
+COLD = {"torch.compile's CUDA graphs, cold"}

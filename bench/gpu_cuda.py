@@ -8,20 +8,18 @@ groups of warps; SWITCHES make the same calls the other way.
 import contextlib
 import ctypes
 import functools
-import pathlib
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 import nystromgan
-from nystromgan import _backend, _native, testing
-from nystromgan.bench import gpu_checks
+from nystromgan import _backend, _native
+from nystromgan.bench import draw, gpu_checks, gpu_parts
+from nystromgan.bench.plan import Stage
 
 Row = dict[str, Any]
 TOOLS = ("memcheck", "racecheck")
@@ -35,28 +33,42 @@ SWITCHES = {
 REPLAYS, REPEATS = 20, 9
 
 
-def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path) -> Iterator[Row]:
-    """A row a sanitizer and op, `wrong` where it finds anything; then a row a case and backend with its median."""
-    started = time.perf_counter()
+def rows(stage: Stage) -> Iterator[Row]:
+    """A row a switched check; a row a case and backend with its median; last a row an op and sanitizer.
+
+    The sanitizers run side by side in what is left of the budget; a row is `wrong` where one finds anything.
+    """
     reasons = _backend.unsupported_reasons("iterative_pinv", "cuda", [])
     if reasons:
         yield {"left_out": "; ".join(reasons)}
         return
-    for op in _backend.IMPLEMENTED:
-        for tool in TOOLS:
-            if ops is None or op in ops:
-                yield _sanitized(op, tool, budget_s)
-    for op in SWITCHES:
-        if ops is None or op in ops:
-            yield from _switched_rows(op)
-    for op, name, function, inputs in _cases():
+    wanted = [op for op in _backend.IMPLEMENTED if stage.wants(op)]
+    switched = [{"op": op, "switch": switch} for op in wanted for switch in SWITCHES.get(op, ())]
+    yield from gpu_parts.rows(stage, "gpu_cuda", switched)
+    yield from _timed_rows(stage)
+    yield from gpu_parts.rows(stage, "gpu_cuda", [{"op": op, "tool": tool} for op in wanted for tool in TOOLS])
+
+
+def part_rows(op: str, device: str, tiny: bool, switch: str | None = None, tool: str | None = None) -> Iterator[Row]:
+    """The checks of an op with one of its switches, or under one sanitizer."""
+    if switch is not None:
+        yield from _switched_rows(op, switch)
+    if tool is not None:
+        yield _sanitized(op, tool)
+
+
+def _timed_rows(stage: Stage) -> Iterator[Row]:
+    for op, name, function, make in _cases():
+        if not stage.wants(op):
+            continue
+        if stage.left_s() < 0:
+            yield {"op": op, "case": name, "unfinished": gpu_parts.UNFINISHED}
+            continue
+        inputs = make()
         for backend in _forms(op, BACKENDS):
             for mode in ("forward", "both"):
-                if (ops is None or op in ops) and time.perf_counter() - started < budget_s:
-                    row = {"op": op, "case": name, "backend": backend, "mode": mode}
-                    yield gpu_checks._guarded(
-                        op, backend, name, lambda r=row, i=inputs, f=function: {**r, **_timed(f, i, r)}
-                    )
+                row = {"op": op, "case": name, "backend": backend, "mode": mode}
+                yield row | gpu_checks._guarded(op, backend, name, functools.partial(_timed, function, inputs, row))
 
 
 def _forms(op: str, backends: tuple[str, ...]) -> list[str]:
@@ -80,43 +92,53 @@ def _running(form: str) -> Iterator[str]:
         allow(1)
 
 
-def _switched_rows(op: str) -> Iterator[Row]:
-    """The correctness stage's rows of `op` with each of its switches."""
+def _switched_rows(op: str, switch: str) -> Iterator[Row]:
+    """The correctness stage's rows of `op` with one of its switches."""
+    form = f"cuda {switch}"
     for check in gpu_checks.checks(tiny=False):
         for dtype in _backend.NATIVE_DTYPES if check.op == op else ():
-            for form in _forms(op, ()):
-                with _running(form) as backend:
-                    errors = functools.partial(gpu_checks._errors, check, dtype, backend, "cuda")
-                    yield gpu_checks._guarded(op, form, f"{check.name} {dtype}", errors)
+            with _running(form) as backend:
+                errors = functools.partial(gpu_checks._errors, check, dtype, backend, "cuda")
+                yield gpu_checks._guarded(op, form, f"{check.name} {dtype}", errors)
 
 
-def _sanitized(op: str, tool: str, budget_s: float) -> Row:
-    """Runs the op's checks in float32 and bfloat16 under compute-sanitizer."""
+def _sanitized(op: str, tool: str) -> Row:
+    """Runs the op's checks in float32 and bfloat16 under compute-sanitizer, which some virtual machines refuse."""
     row: Row = {"op": op, "tool": tool}
     command = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if command is None:
         return {**row, "left_out": "compute-sanitizer is not installed"}
     call = [command, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "nystromgan.bench.gpu_cuda", op]
-    try:
-        done = subprocess.run(call, capture_output=True, text=True, timeout=budget_s)
-    except subprocess.TimeoutExpired:
-        return {**row, "wrong": True, "summary": f"not done after {budget_s:.0f} s"}
-    last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-    return {**row, "wrong": done.returncode != 0, "summary": " ".join(last)}
+    code, printed, complaint = gpu_parts.run(call)
+    if "Device not supported" in printed + complaint:
+        return {**row, "left_out": "compute-sanitizer does not support this device"}
+    return {**row, "wrong": code != 0, "summary": " ".join((printed + complaint).strip().splitlines()[-1:])}
 
 
-def _cases() -> Iterator[tuple[str, str, Callable[..., torch.Tensor], dict[str, torch.Tensor]]]:
+Make = Callable[[], dict[str, torch.Tensor]]
+
+
+def _cases() -> Iterator[tuple[str, str, Callable[..., torch.Tensor], Make]]:
+    half = {"dtype": torch.bfloat16, "device": "cuda"}
     for size in (64, 128, 256, 512):
         for batch in (1, 64):
-            matrix = testing.normal(batch, size, size, device="cuda").softmax(-1)
-            yield "iterative_pinv", f"M={size} batch={batch}", nystromgan.iterative_pinv, {"matrix": matrix}
+            yield (
+                "iterative_pinv",
+                f"M={size} batch={batch}",
+                nystromgan.iterative_pinv,
+                functools.partial(_matrices, batch, size),
+            )
     for tokens in (1024, 2048, 4096, 8192, 16384, 65536):
-        inputs = testing.attention_inputs(1, 8, tokens, head_dim=64, dtype=torch.bfloat16, device="cuda")
-        yield "nystrom_attention", f"H=8 N={tokens} D=64 M=64", nystromgan.nystrom_attention, inputs
+        make = functools.partial(draw.tokens, 1, 8, tokens, 64, 64, **half)
+        yield "nystrom_attention", f"H=8 N={tokens} D=64 M=64", nystromgan.nystrom_attention, make
     for channels, values, side in ((32, 128, 64), (8, 64, 64), (32, 128, 128)):
-        inputs = testing.map_inputs(2, channels, (side, side), None, values, dtype=torch.bfloat16, device="cuda")
+        make = functools.partial(draw.maps, 2, channels, (side, side), values, **half)
         name = f"B=2 C={channels} E={values} N={side * side}"
-        yield "spatiotemporal_attention", name, nystromgan.spatiotemporal_attention, inputs
+        yield "spatiotemporal_attention", name, nystromgan.spatiotemporal_attention, make
+
+
+def _matrices(batch: int, size: int) -> dict[str, torch.Tensor]:
+    return {"matrix": draw.normal(batch, size, size, device="cuda").softmax(-1)}
 
 
 def _timed(function: Callable[..., torch.Tensor], inputs: dict[str, torch.Tensor], row: Row) -> Row:

@@ -1,68 +1,57 @@
-"""The stages of `gpu_check` that use what other machines use too: the op tests, and the benchmark's registry."""
+"""The speed stage of `gpu_check`: the benchmark's registry, as other machines measure it."""
 
 import pathlib
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from nystromgan import _backend
-from nystromgan.bench import machine, runner
+from nystromgan.bench import gpu_parts, machine, runner, store
 from nystromgan.bench.case import FORWARD, OURS, Case
 from nystromgan.bench.cases import cases
-from nystromgan.bench.plan import Allowance, Effort, Plan
+from nystromgan.bench.plan import Allowance, Effort, Plan, Stage
 
 Row = dict[str, Any]
-ROOT = pathlib.Path(__file__).parents[1]
 TIME = Effort(0.4, 3, 15, 1.0)
 
 
-def op_test_rows(
-    device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path
-) -> Iterator[Row]:
-    """A row a file of tests/ops, whose tests run each backend on its own device; `wrong` where one fails."""
-    paths = sorted((ROOT / "tests" / "ops").glob("test_*.py"))
-    if not paths:
-        yield {"tests": "left out: this installation has no tests, a checkout has them"}
-    for path in paths[-1:] if tiny else paths:
-        if ops is None or any(op in path.stem or op.split("_")[0] in path.stem for op in ops):
-            yield _tested(path, budget_s)
+def speed_rows(stage: Stage) -> Iterator[Row]:
+    """The registry's cases, as `nystromgan bench` measures them and into its files; torch.compile's rows come last.
 
-
-def _tested(path: pathlib.Path, budget_s: float) -> Row:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-    row: Row = {"tests": path.stem}
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=budget_s)
-    except subprocess.TimeoutExpired:
-        return {**row, "wrong": True, "summary": f"not done after {budget_s:.0f} s"}
-    failed = re.findall(r"^(?:FAILED|ERROR) .*$", done.stdout, re.MULTILINE)
-    last = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()[-1]
-    return {**row, "wrong": done.returncode != 0, "summary": last, **({"failed": failed[:20]} if failed else {})}
-
-
-def speed_rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path) -> Iterator[Row]:
-    """The registry's cases, as `nystromgan bench` measures them and into its files; torch.compile's rows come last."""
-    started = time.perf_counter()
-    rates = machine.rates(device, tiny)
+    Cases without a row of this commit come first, so that a run goes on where the one before was cut short.
+    """
+    rates = machine.rates(stage.device, stage.tiny)
     yield {"copy_tb_per_s": rates["copy_bytes_per_s"] / 1e12, "bf16_tflops": rates["gemm_bf16_flop_per_s"] / 1e12}
-    where = machine.describe(device)
-    chosen = [case for case in (_tiny() if tiny else cases(device)) if ops is None or case.op in ops]
-    for compiled in (False,) if tiny else (False, True):
-        effort, backend = (Effort(0.0, 2, 2), "triton") if tiny else (TIME, "auto")
-        plan = Plan(device, rates, effort, Allowance(budget_s) if compiled else None, backend)
+    where = machine.describe(stage.device)
+    chosen = [case for case in (tiny_cases() if stage.tiny else cases(stage.device)) if stage.wants(case.op)]
+    for compiled in (False,) if stage.tiny else (False, True):
+        allowance = Allowance(stage.left_s()) if compiled else None
+        plan = plan_of(stage, rates)._replace(compiling=allowance)
         pairs = [(case, mode) for case in chosen for mode in case.modes if case.compiled_in_full or not compiled]
-        for pair in pairs:
-            if time.perf_counter() - started > budget_s:
-                yield {"case": pair[0].name, "mode": pair[1], "left_out": "beyond the budget"}
+        known = _measured(stage.folder, where["commit"])
+        for pair in sorted(pairs, key=lambda pair: (pair[0].name, pair[1]) in known):
+            if stage.left_s() < 0:
+                yield {"case": pair[0].name, "mode": pair[1], "unfinished": gpu_parts.UNFINISHED}
                 continue
-            for *_, new in runner.timed([pair], plan, where, folder, lambda message: None):
+            for *_, new in runner.timed([pair], plan, where, stage.folder, lambda message: None, stage.deadline):
                 yield from new
 
 
-def _tiny() -> list[Case]:
+def plan_of(stage: Stage, rates: dict[str, float]) -> Plan:
+    """Ours by the chosen backend; under the interpreter, the Triton kernels."""
+    if stage.tiny:
+        return Plan(stage.device, rates, Effort(0.0, 2, 2), backend="triton", deadline=stage.deadline)
+    return Plan(stage.device, rates, TIME, deadline=stage.deadline)
+
+
+def _measured(folder: pathlib.Path, commit: str | None) -> set[tuple[str, str]]:
+    """The cases and modes that have a time at this commit; none at one whose files have changed since."""
+    if commit is None or commit.endswith("+"):
+        return set()
+    rows = store.rows_of(store.load(folder))
+    return {(row["case"], row["mode"]) for row in rows if row.get("commit") == commit and "median_ms" in row}
+
+
+def tiny_cases() -> list[Case]:
     """One small case an op, for the interpreter, whose backward takes seconds: forward, beside the first peer."""
     found = {
         case.op: case for case in reversed(cases("cpu")) if case.dtype == "fp32" and case.op in _backend.IMPLEMENTED
@@ -77,16 +66,16 @@ def _tiny() -> list[Case]:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """One line a case and mode: our time, in floors, and how many times longer each other form takes."""
+    """One line a case and mode: our time on the GPU and of a plain call, in floors, and what other forms take of it."""
     timed = [row for row in rows if "median_ms" in row]
     lines = []
     for ours in (row for row in timed if row["form"] == OURS):
         others = [
-            f"{row['form']} {row['ratio']:.2f}x"
+            f"{row['form']} {row.get('graph_ratio', row['ratio']):.2f}x"
             for row in timed
             if (row["case"], row["mode"]) == (ours["case"], ours["mode"]) and row["form"] != OURS
         ]
-        floors = ours["median_ms"] / ours["floor_ms"]
-        title = f"{ours['case']}, {ours['mode']}: {ours['median_ms']:.3f} ms, {floors:.2f} floors"
-        lines.append("; ".join([title, *others]))
+        gpu_ms = ours.get("graph_ms") or ours["median_ms"]
+        title = f"{ours['case']}, {ours['mode']}: {gpu_ms:.3f} ms, {gpu_ms / ours['floor_ms']:.2f} floors"
+        lines.append("; ".join([f"{title}, {ours['median_ms']:.3f} ms a plain call", *others]))
     return lines

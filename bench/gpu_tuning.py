@@ -1,8 +1,9 @@
 """The tuning stage: measures every candidate configuration of the Triton kernels, and names the winners."""
 
-import pathlib
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -10,29 +11,54 @@ import torch
 from torch import Tensor
 
 from nystromgan import _backend, _triton, testing
-from nystromgan.bench import clock
+from nystromgan.bench import clock, draw, gpu_parts
+from nystromgan.bench.plan import Stage
 
 Row = dict[str, Any]
+Call = Callable[[], tuple[Tensor, ...]]
+Using = Callable[[str], Any]  # a context in which calls have the named configuration
+Best = Callable[[Call, Iterable[str], Using], Row]
+COMPILING, SHARES = 0.4, 12  # of the time left, until candidates must be compiled; processes an op that compile them
 TIME_S = 0.05  # of one measurement
 # (batch, C, E) that stand for the columns of spatiotemporal_attention's table, those of the targets first.
 MAPS = [(8, 8, 64), (4, 32, 128), (8, 64, 64), (4, 128, 128), (4, 32, 256), (4, 256, 256)]
 
 
-def rows(device: str, tiny: bool, ops: list[str] | None, budget_s: float, folder: pathlib.Path) -> Iterator[Row]:
+def rows(stage: Stage) -> Iterator[Row]:
     """A row a kernel and shape: the time of every candidate and the winner's name; wrong candidates are left out."""
-    started = time.perf_counter()
-
-    def left_s() -> float:
-        return budget_s - (time.perf_counter() - started)
-
-    for op, tune in {"power_iteration": _power, "spatiotemporal_attention": _maps}.items():
-        able = not _backend.unsupported_reasons(op, "triton", [])
-        if able and (ops is None or op in ops):
-            for row in tune(device, tiny, left_s):
-                yield {"op": op, **row}
+    chosen = [op for op in TUNED if stage.wants(op) and not _backend.unsupported_reasons(op, "triton", [])]
+    if stage.device == "cuda":  # candidates are compiled by many processes, and timed by this one
+        until = time.perf_counter() + COMPILING * stage.left_s()
+        parts = [{"op": op, "share": share} for op in chosen for share in range(SHARES)]
+        yield from gpu_parts.ahead(stage._replace(deadline=until), "gpu_tuning", parts)
+    for op in chosen:
+        for row in TUNED[op](stage.device, stage.tiny, functools.partial(_best, stage)):
+            yield {"op": op, **row}
 
 
-def _maps(device: str, tiny: bool, left_s: Callable[[], float]) -> Iterator[Row]:
+def part_rows(op: str, share: int, device: str, tiny: bool) -> Iterator[Row]:
+    """Runs one of SHARES parts of the op's candidates once, which leaves their kernels in Triton's cache."""
+    count = 0
+
+    def run(call: Call, names: Iterable[str], using: Using) -> Row:
+        nonlocal count
+        for name in names:
+            count += 1
+            if count % SHARES == share:
+                with (
+                    contextlib.suppress(Exception),
+                    using(name),
+                ):  # what fails here fails where it is timed, and is told
+                    call()
+        return {}
+
+    start = time.perf_counter()
+    for _ in TUNED[op](device, tiny, run):
+        pass
+    yield {"op": op, "share": share, "compiled_s": time.perf_counter() - start}
+
+
+def _maps(device: str, tiny: bool, best: Best) -> Iterator[Row]:
     from nystromgan.ops.spatiotemporal_attention import tuning
 
     for itemsize, dtype in ((4, torch.float32),) if tiny else ((2, torch.bfloat16), (4, torch.float32)):
@@ -50,7 +76,7 @@ def _maps(device: str, tiny: bool, left_s: Callable[[], float]) -> Iterator[Row]
                     )
 
                 column = tuning.COLUMNS[tuning.column(*tiles)]
-                yield {"table": place, "column": column, **_best(call, names, using, device, tiny, left_s)}
+                yield {"table": place, "column": column, **best(call, names, using)}
 
 
 def _map_call(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Any:
@@ -59,7 +85,7 @@ def _map_call(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
 
     batch, channels, values, tokens = shape
     maps = [
-        testing.normal(batch, 1, c, tokens, dtype=dtype, device=device, seed=seed)
+        draw.normal(batch, 1, c, tokens, dtype=dtype, device=device, seed=seed)
         for seed, c in enumerate((channels, channels, values))
     ]
     scale = channels**-0.5
@@ -72,15 +98,15 @@ def _map_call(kernel: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
     )
 
 
-def _power(device: str, tiny: bool, left_s: Callable[[], float]) -> Iterator[Row]:
+def _power(device: str, tiny: bool, best: Best) -> Iterator[Row]:
     from nystromgan.ops.power_iteration import triton as kernels
     from nystromgan.ops.power_iteration import tuning
 
     shapes = [(16, 40)] * 2 if tiny else [(width, 9 * width) for width in (64, 128, 256, 512) for _ in range(10)]
     for dtype in (torch.float32,) if tiny else (torch.float32, torch.bfloat16):
-        weights = [testing.normal(*shape, dtype=dtype, device=device, seed=i) for i, shape in enumerate(shapes)]
-        u = [testing.normal(shape[0], device=device, seed=i) for i, shape in enumerate(shapes)]
-        v = [testing.normal(shape[1], device=device, seed=i) for i, shape in enumerate(shapes)]
+        weights = [draw.normal(*shape, dtype=dtype, device=device, seed=i) for i, shape in enumerate(shapes)]
+        u = [draw.normal(shape[0], device=device, seed=i) for i, shape in enumerate(shapes)]
+        v = [draw.normal(shape[1], device=device, seed=i) for i, shape in enumerate(shapes)]
 
         def call(weights: list[Tensor] = weights, u: list[Tensor] = u, v: list[Tensor] = v) -> tuple[Tensor, ...]:
             return kernels.power_iteration(weights, [x.clone() for x in u], [x.clone() for x in v], 1, 1e-12)
@@ -90,33 +116,35 @@ def _power(device: str, tiny: bool, left_s: Callable[[], float]) -> Iterator[Row
 
         names = list(tuning.CONFIGS)[: 2 if tiny else None]
         place = (_triton.architecture(weights[0]), str(dtype))
-        yield {"table": place, **_best(call, names, using, device, tiny, left_s)}
+        yield {"table": place, **best(call, names, using)}
 
 
-def _best(
-    call: Callable[[], tuple[Tensor, ...]],
-    names: Any,
-    using: Callable[[str], Any],
-    device: str,
-    tiny: bool,
-    left_s: Callable[[], float],
-) -> Row:
+TUNED: dict[str, Callable[[str, bool, Best], Iterator[Row]]] = {
+    "power_iteration": _power, "spatiotemporal_attention": _maps,
+}  # fmt: skip
+
+
+def _best(stage: Stage, call: Call, names: Iterable[str], using: Using) -> Row:
     """Times `call` under every name's configuration; one that fails or differs from the table's choice has no time."""
+    device, least_s = stage.device, 0.0 if stage.tiny else TIME_S
+    if stage.left_s() < 0:
+        return {"unfinished": gpu_parts.UNFINISHED}
     standard = call()
     times: dict[str, float] = {}
     refused: dict[str, str] = {}
     for name in names:
-        if left_s() < 0:
-            refused[name] = "beyond the budget"
+        if stage.left_s() < 0:
+            refused[name] = gpu_parts.UNFINISHED
             continue
         try:
             with using(name):
                 error = max(testing.relative_error(x, y) for x, y in zip(call(), standard, strict=True))
                 if not error <= 2 * testing.TOLERANCES[standard[0].dtype].output:
                     raise ArithmeticError(f"differs by {error:.2e}")
-                times[name] = clock.median_ms(call, device, 0.0 if tiny else TIME_S)
+                times[name] = clock.median_ms(call, device, least_s)
         except Exception as error:  # out of shared memory, mostly
             refused[name] = f"{type(error).__name__}: {str(error)[:100]}"
-    table_ms = clock.median_ms(call, device, 0.0 if tiny else TIME_S)
+    table_ms = clock.median_ms(call, device, least_s)
     best = min(times, key=lambda name: times[name]) if times else None
-    return {"best": best, "best_ms": times.get(best or ""), "table_ms": table_ms, "times_ms": times, "refused": refused}
+    row = {"best": best, "best_ms": times.get(best or ""), "table_ms": table_ms, "times_ms": times, "refused": refused}
+    return row | ({"unfinished": gpu_parts.UNFINISHED} if gpu_parts.UNFINISHED in refused.values() else {})

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from nystromgan.bench import (
     clock,
     compare,
     forms,
-    gpu_stages,
     machine,
     measure,
     memory,
@@ -274,34 +272,6 @@ def test_compare_flags_a_slowed_op(
     assert compare.run("REV", [case], ["forward"], "cpu", False) == (slow == "this")
     verdict = "slower" if slow == "this" else "faster"
     assert capfd.readouterr().out.splitlines()[1].endswith(verdict)
-
-
-def test_gpu_check_measures_the_registry_under_the_interpreter(tmp_path: pathlib.Path) -> None:
-    """What runs on a GPU machine, on the CPU: the Triton kernels gated and timed, in the files that reports read."""
-    command = [sys.executable, "-m", "nystromgan.bench.gpu_check", "--device", "cpu", "--tiny", "--stage", "speed",
-               "--op", "iterative_pinv", "--output", str(tmp_path)]  # fmt: skip
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("interpreter-*/iterative_pinv.json")
-    ours = [row for row in json.loads(path.read_text())["rows"] if row["form"] == OURS]
-    assert [row["mode"] for row in ours] == [FORWARD]
-    assert ours[0]["median_ms"] > 0
-    assert ours[0]["errors"]["output"] < 1e-5
-
-
-def test_gpu_check_runs_the_op_tests(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "tests" / "ops"
-    folder.mkdir(parents=True)
-    (folder / "test_good.py").write_text("def test_good(): pass\n")
-    (folder / "test_bad.py").write_text("def test_bad(): assert False\n")
-    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path)
-    rows = list(gpu_stages.op_test_rows("cuda", False, None, 60.0, tmp_path))
-    assert [(row["tests"], row["wrong"]) for row in rows] == [("test_bad", True), ("test_good", False)]
-    assert "test_bad" in rows[0]["failed"][0]
-    monkeypatch.setattr(gpu_stages, "ROOT", tmp_path / "nowhere")
-    (row,) = gpu_stages.op_test_rows("cuda", False, None, 60.0, tmp_path)
-    assert row["tests"].startswith("left out")
 
 
 def test_peak_memory_is_what_a_call_holds() -> None:
