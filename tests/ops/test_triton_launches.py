@@ -92,3 +92,15 @@ def assert_fused(launches: list[Launch]) -> None:
     assert launches
     for name, options in launches:
         assert options.get("enable_fp_fusion") is True, name
+
+
+def test_tiles_that_span_more_than_32_bits_count_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = torch.empty(1, device="meta").as_strided((1, 1, 90, 64), (0, 0, 1, 2**26))
+    near = torch.empty(1, 1, 90, 64, device="meta")
+    with recorded(monkeypatch) as launches:
+        kernels.nystrom_attention(near, far, near, *(None,) * 8, 8, 0.125, 1, False, ((90,), (90,), (8,)))
+    options = dict(launches)
+    assert options["block_mean_kernel"]["ACCESS"] == options["landmark_kernel"]["KEY_ACCESS"] == (1, True)
+    assert options["landmark_kernel"]["VALUE_ACCESS"] == options["output_kernel"]["QUERY_ACCESS"] == (4, False)
+    matrix = near.as_strided((2, 64, 64), (64, 2**26, 1))
+    assert pinv.within_32_bits(matrix).is_contiguous()

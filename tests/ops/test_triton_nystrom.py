@@ -175,6 +175,16 @@ else:
             # A GPU's kernels are compiled for the strides, and may add in another order; the interpreter has one.
             assert relative_error(output, expected) <= (1e-6 if DEVICE == "cuda" else 0.0)
 
+        def test_rows_that_lie_far_apart(self) -> None:
+            """Further than 32 bits count within a tile of the largest size."""
+            inputs = attention_inputs(1, 1, 40, head_dim=2, device=DEVICE)
+            expected = nystrom_attention(**inputs, num_landmarks=6, pinv_iterations=1, backend="triton")
+            room = torch.empty(3, 2**22 + 50, device=DEVICE)
+            for row, (name, x) in zip(room, list(inputs.items()), strict=True):
+                inputs[name] = row.as_strided(x.shape, (0, 0, 1, 2**22 + 1), row.storage_offset()).copy_(x)
+            output = nystrom_attention(**inputs, num_landmarks=6, pinv_iterations=1, backend="triton")
+            assert torch.equal(output, expected)
+
         @pytest.mark.parametrize(
             ("grid", "counts"), [((60,), (7,)), ((5, 12), (3, 5)), ((3, 4, 5), (2, 3, 2))], ids=str
         )

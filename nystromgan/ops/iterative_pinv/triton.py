@@ -403,12 +403,18 @@ def _tiled_backward(grad: Tensor, matrix: Tensor, iterations: int, global_init: 
     return grad_matrix + grad.mT / scale + matrix.sign() * picked
 
 
+def within_32_bits(matrix: Tensor) -> Tensor:
+    """(..., M, M) as (count, M, M), copied where 32 bits do not count the elements that a matrix spans."""
+    matrices = matrix.reshape(-1, *matrix.shape[-2:])
+    return matrices.contiguous() if matrix.shape[-1] * max(matrices.stride()[1:]) > 2**30 else matrices
+
+
 def iterative_pinv(matrix: Tensor, iterations: int, global_init: bool) -> Tensor:
     """The iterate after `iterations` steps of (..., M, M) float32; see the public function."""
     size = matrix.shape[-1]
     if matrix.numel() == 0:
         return matrix.new_empty(matrix.shape)
-    matrices = matrix.reshape(-1, size, size)
+    matrices = within_32_bits(matrix)
     count, block = len(matrices), _triton.tile(size)
     with _triton.launch_on(matrix):
         if global_init or size > ON_CHIP:
@@ -441,7 +447,7 @@ def iterative_pinv_backward(grad_output: Tensor, matrix: Tensor, iterations: int
     size = matrix.shape[-1]
     if matrix.numel() == 0:
         return matrix.new_empty(matrix.shape)
-    matrices = matrix.reshape(-1, size, size)
+    matrices = within_32_bits(matrix)
     grads = grad_output.reshape(-1, size, size)
     count, block = len(matrices), _triton.tile(size)
     with _triton.launch_on(matrix):

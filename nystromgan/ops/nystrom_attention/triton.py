@@ -15,12 +15,12 @@ from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.landmarks import Plan
 from nystromgan.ops.nystrom_attention.triton_cluster import cluster_landmarks
 from nystromgan.ops.nystrom_attention.triton_pool import (
+    access,
     block_means,
     index_counts,
     index_means,
     index_strides,
     three_axes,
-    vector,
 )
 
 __all__ = ["cluster_landmarks", "nystrom_attention", "nystrom_attention_backward"]
@@ -164,7 +164,7 @@ def nystrom_attention(
         forward.output_kernel[(sizes.rows * blocks,)](
             query, *query.stride(), key_means, mixed, _landmark_masks(plan, output)["p_key_absent"], output,
             sizes.heads, sizes.queries, num_landmarks, sizes.head_dim, sizes.value_dim, blocks, scale,
-            QUERY_VECTOR=vector(query), HAS_ABSENT=plan.key_landmark_mask is not None, STEPS=steps,
+            QUERY_ACCESS=access(query), HAS_ABSENT=plan.key_landmark_mask is not None, STEPS=steps,
             MANY=num_landmarks > int(tiles["BLOCK_M"]), **tiles,
         )  # fmt: skip
     return output, query_means, key_means, context, mixed, logsumexp
@@ -222,7 +222,7 @@ def _landmark_values(
         key, *key.stride(), value, *value.stride(), _as_bytes(mask, sums), *_mask_strides(mask),
         query_means, key_means, *masks.values(), core, iterates, sums, largest, totals,
         sizes.heads, sizes.keys, count, sizes.head_dim, dim, splits, m_blocks, scale,
-        KEY_VECTOR=vector(key), VALUE_VECTOR=vector(value),
+        KEY_ACCESS=access(key), VALUE_ACCESS=access(value),
         HAS_MASK=mask is not None, HAS_ABSENT=plan.key_landmark_mask is not None, SPLIT=split, **core_options, **tiles,
     )  # fmt: skip
     if core_options["CORE"]:
@@ -334,8 +334,8 @@ class Backward(NamedTuple):
         return self.plan.key_landmark_mask is not None
 
     @property
-    def query_vectors(self) -> dict[str, int]:
-        return {"QUERY_VECTOR": vector(self.query_), "GRAD_VECTOR": vector(self.grad_output)}
+    def query_access(self) -> dict[str, int]:
+        return {"QUERY_ACCESS": access(self.query_), "GRAD_ACCESS": access(self.grad_output)}
 
     def query_stats(self) -> tuple[Tensor, Tensor] | None:
         """Row scales and deltas of F (B H, N), where landmarks take several tiles."""
@@ -350,7 +350,7 @@ class Backward(NamedTuple):
             self.key_means, self.mixed,
             _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta,
             sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
-            **self.query_vectors, HAS_ABSENT=self.has_absent, **tiles,
+            **self.query_access, HAS_ABSENT=self.has_absent, **tiles,
         )  # fmt: skip
         return row_scale, delta
 
@@ -375,7 +375,7 @@ class Backward(NamedTuple):
             self.query_means, self.key_means, self.mixed, *_landmark_masks(self.plan, parts).values(),
             row_scale, delta, core, iterates, parts,
             sizes.heads, sizes.queries, count, sizes.head_dim, sizes.value_dim, splits, m_blocks, self.scale,
-            **self.query_vectors, HAS_ABSENT=self.has_absent, MANY=stats is not None, SPLIT=split, **options, **tiles,
+            **self.query_access, HAS_ABSENT=self.has_absent, MANY=stats is not None, SPLIT=split, **options, **tiles,
         )  # fmt: skip
         if not options["CORE"]:
             core = _core(sizes, self.query_means, self.key_means, self.plan, self.scale).view(core.shape)
@@ -432,7 +432,7 @@ class Backward(NamedTuple):
                 _as_bytes(self.plan.exact_rows, parts), grad_key, grad_value, parts,
                 sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks,
                 self.scale, float(lift),
-                KEY_VECTOR=vector(self.key), VALUE_VECTOR=vector(self.value),
+                KEY_ACCESS=access(self.key), VALUE_ACCESS=access(self.value),
                 HAS_MASK=mask is not None, MEMBERS=members.kind,
                 HAS_EXACT=self.plan.exact_rows is not None, SPLIT=split, **parts_of, **tiles,
             )  # fmt: skip
@@ -458,7 +458,7 @@ class Backward(NamedTuple):
             _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta, grad_query_means,
             members.arguments, grad_query,
             sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
-            **self.query_vectors, HAS_ABSENT=self.has_absent, MEMBERS=members.kind,
+            **self.query_access, HAS_ABSENT=self.has_absent, MEMBERS=members.kind,
             MANY=stats is not None, STEPS=steps, **tiles,
         )  # fmt: skip
         return grad_query

@@ -53,7 +53,7 @@ def row_scale(logits):
 def query_stats_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
     p_row_scale, p_delta, H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
-    QUERY_VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr, HAS_ABSENT: tl.constexpr, BLOCK_N: tl.constexpr,
+    QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr, HAS_ABSENT: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For M in several blocks: each query's logarithm of F's row sum, and delta = F . dF."""
@@ -61,10 +61,10 @@ def query_stats_kernel(
     first = (tl.program_id(0) % blocks) * BLOCK_N
     o_n = first + tl.arange(0, BLOCK_N)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
-    p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_VECTOR)
-    b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-    b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_ACCESS)
+    p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_ACCESS)
+    b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, QUERY_ACCESS, BLOCK_N, BLOCK_D)
+    b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, GRAD_ACCESS, BLOCK_N, BLOCK_E)
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     delta = tl.zeros((BLOCK_N,), tl.float32)
@@ -94,7 +94,7 @@ def query_sums_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_query_means, p_key_means, p_mixed,
     p_query_absent, p_key_absent, p_row_scale, p_delta, p_core, p_iterates, p_sums,
     H, N, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
-    QUERY_VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
+    QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr,
     HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, ITERATIONS: tl.constexpr, CHIP: tl.constexpr,
     BLOCK_C: tl.constexpr, CORE_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
     MANY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -113,8 +113,8 @@ def query_sums_kernel(
         i_split = i // m_blocks
         o_m = (i % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-        p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
-        p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_VECTOR)
+        p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_ACCESS)
+        p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_ACCESS)
         dtype: tl.constexpr = p_query.dtype.element_ty
         b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
         b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
@@ -124,8 +124,8 @@ def query_sums_kernel(
         for start in tl.range(0, SPLIT, BLOCK_N):
             first = i_split * SPLIT + start
             o_n = first + tl.arange(0, BLOCK_N)
-            b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-            b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+            b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, QUERY_ACCESS, BLOCK_N, BLOCK_D)
+            b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, GRAD_ACCESS, BLOCK_N, BLOCK_E)
             logits = factor_logits(b_query, b_key, missing, scale, PRECISION)
             grad_f = factor_gradient(b_grad, b_mixed, PRECISION)
             if MANY:
@@ -313,7 +313,7 @@ def keys_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
     p_query_means, p_grad_context, p_lse, p_delta, p_sums, members, p_exact,
     p_grad_key, p_grad_value, p_parts, H, S, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale, lift,
-    KEY_VECTOR: tl.constexpr, VALUE_VECTOR: tl.constexpr,
+    KEY_ACCESS: tl.constexpr, VALUE_ACCESS: tl.constexpr,
     HAS_MASK: tl.constexpr, MEMBERS: tl.constexpr, HAS_EXACT: tl.constexpr,
     WRITE: tl.constexpr, SUM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
@@ -326,8 +326,8 @@ def keys_kernel(
     i_split = (tl.program_id(0) // m_blocks) % splits
     i_m = (tl.program_id(0) % m_blocks) * BLOCK_M
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_keys, s_keys = head_of(p_key, s_kb, s_kh, s_kn, i_b, i_h, KEY_VECTOR)
-    p_values, s_values = head_of(p_value, s_vb, s_vh, s_vn, i_b, i_h, VALUE_VECTOR)
+    p_keys, s_keys = head_of(p_key, s_kb, s_kh, s_kn, i_b, i_h, KEY_ACCESS)
+    p_values, s_values = head_of(p_value, s_vb, s_vh, s_vn, i_b, i_h, VALUE_ACCESS)
     dtype: tl.constexpr = p_key.dtype.element_ty
     p_grad_key += i_bh.to(tl.int64) * S * D
     p_grad_value += i_bh.to(tl.int64) * S * E
@@ -345,8 +345,8 @@ def keys_kernel(
         valid = o_n < S
         if HAS_MASK:
             valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
-        b_key = load_tokens(p_keys, s_keys, s_kd, begin, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-        b_value = load_tokens(p_values, s_values, s_vd, begin, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+        b_key = load_tokens(p_keys, s_keys, s_kd, begin, valid, D, KEY_ACCESS, BLOCK_N, BLOCK_D)
+        b_value = load_tokens(p_values, s_values, s_vd, begin, valid, E, VALUE_ACCESS, BLOCK_N, BLOCK_E)
         b_grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         b_grad_value = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
         if WRITE and not SUM:
@@ -392,7 +392,7 @@ def query_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
     p_row_scale, p_delta, p_grad_query_means, members, p_grad_query,
     H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
-    QUERY_VECTOR: tl.constexpr, GRAD_VECTOR: tl.constexpr,
+    QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr,
     HAS_ABSENT: tl.constexpr, MEMBERS: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -401,8 +401,8 @@ def query_kernel(
     i_bh = tl.program_id(0) // blocks
     begin = (tl.program_id(0) % blocks) * (STEPS * BLOCK_N)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
-    p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_VECTOR)
+    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_ACCESS)
+    p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_ACCESS)
     dtype: tl.constexpr = p_query.dtype.element_ty
     p_grad_query += i_bh.to(tl.int64) * N * D
     if not MANY:  # one tile of landmarks, at hand for every tile of queries
@@ -413,8 +413,8 @@ def query_kernel(
     for step in tl.range(0, STEPS):
         first = begin + step * BLOCK_N
         o_n = first + tl.arange(0, BLOCK_N)
-        b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-        b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+        b_query = load_tokens(p_queries, s_queries, s_qd, first, o_n < N, D, QUERY_ACCESS, BLOCK_N, BLOCK_D)
+        b_grad = load_tokens(p_grads, s_grads, s_gd, first, o_n < N, E, GRAD_ACCESS, BLOCK_N, BLOCK_E)
         b_grad_query = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         if MANY:
             row = i_bh.to(tl.int64) * N + o_n

@@ -9,7 +9,7 @@ from nystromgan import _triton
 from nystromgan._triton import dot
 from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.triton_forward import absent, head_of, load_landmarks, load_tokens
-from nystromgan.ops.nystrom_attention.triton_pool import index_means, index_strides, means_of_sums, vector
+from nystromgan.ops.nystrom_attention.triton_pool import access, index_means, index_strides, means_of_sums
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def _nearest(b_token, b_landmark, missing, o_m, M, PRECISION: tl.constexpr):
 def lloyd_kernel(
     p_tokens, s_b, s_h, s_n, s_d, p_start, s_ib, s_ih, s_in, p_landmarks, p_absent, p_frozen,
     p_index, p_sums, p_counts, H, N, M, D: tl.constexpr, splits,
-    VECTOR: tl.constexpr, HAS_ABSENT: tl.constexpr, HAS_FROZEN: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
+    ACCESS: tl.constexpr, HAS_ABSENT: tl.constexpr, HAS_FROZEN: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gives each token of one split the landmark with the largest x . m - |m|^2 / 2, the first of equals.
@@ -52,7 +52,7 @@ def lloyd_kernel(
     i_bh = tl.program_id(0) // splits
     i_split = tl.program_id(0) % splits
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_tokens, s_n = head_of(p_tokens, s_b, s_h, s_n, i_b, i_h, VECTOR)
+    p_tokens, s_n = head_of(p_tokens, s_b, s_h, s_n, i_b, i_h, ACCESS)
     p_start += i_b * s_ib + i_h * s_ih
     o_d = tl.arange(0, BLOCK_D)
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -65,7 +65,7 @@ def lloyd_kernel(
         first_n = i_split * SPLIT + begin
         o_n = first_n + tl.arange(0, BLOCK_N)
         start = tl.load(p_start + o_n.to(tl.int64) * s_in, mask=o_n < N, other=-1)
-        b_token = load_tokens(p_tokens, s_n, s_d, first_n, start >= 0, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+        b_token = load_tokens(p_tokens, s_n, s_d, first_n, start >= 0, D, ACCESS, BLOCK_N, BLOCK_D)
         if ADD:
             largest, b_index = _nearest(b_token, b_landmark, missing, o_m, M, PRECISION)
             b_index = tl.where(largest > float("-inf"), b_index, 0)
@@ -111,7 +111,7 @@ def _lloyd_step(
         index if absent is None else absent.contiguous().view(torch.uint8),
         index if frozen is None else frozen.contiguous().view(torch.uint8),
         index, sums, totals, heads, count, num_landmarks, dim, splits,
-        VECTOR=vector(tokens), HAS_ABSENT=absent is not None, HAS_FROZEN=frozen is not None, ADD=fused, SPLIT=split,
+        ACCESS=access(tokens), HAS_ABSENT=absent is not None, HAS_FROZEN=frozen is not None, ADD=fused, SPLIT=split,
         BLOCK_M=block_m, BLOCK_N=config.tokens, BLOCK_D=block_d,
         PRECISION=_triton.precision(tokens.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
         **_triton.FUSED,

@@ -23,19 +23,27 @@ def load_landmarks(p, i_bh, o_m, M, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def head_of(p, s_b, s_h, s_n, i_b, i_h, VECTOR: tl.constexpr):
-    """The tokens of one head and their stride, which the compiler learns are multiples of VECTOR elements: a load may
-    take as many at once."""
+def head_of(p, s_b, s_h, s_n, i_b, i_h, ACCESS: tl.constexpr):
+    """The tokens of one head and their stride, which the compiler learns are multiples of what a load may take at once.
+
+    ACCESS is what `triton_pool.access` gives for the tensor.
+    """
+    VECTOR: tl.constexpr = ACCESS[0]
     return p + (i_b * (s_b // VECTOR * VECTOR) + i_h * (s_h // VECTOR * VECTOR)), s_n // VECTOR * VECTOR
 
 
 @triton.jit
-def load_tokens(p, s_n, s_d, first, valid, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tokens(
+    p, s_n, s_d, first, valid, D: tl.constexpr, ACCESS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     """BLOCK_N tokens of one head from `first`, zero where not `valid`, which may hold anything.
 
-    Only the first token's offset takes 64 bits: within a tile 32 do, in half the registers.
+    The first token's offset takes 64 bits. Within a tile 32 do, in half the registers, unless the tensor is WIDE.
     """
+    WIDE: tl.constexpr = ACCESS[1]
     o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    if WIDE:
+        o_n, o_d = o_n.to(tl.int64), o_d.to(tl.int64)
     p += tl.cast(first, tl.int64) * s_n
     return tl.load(p + (o_n[:, None] * s_n + o_d[None, :] * s_d), mask=valid[:, None] & (o_d[None, :] < D), other=0.0)
 
@@ -137,7 +145,7 @@ def landmark_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
     p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates,
     p_sums, p_largest, p_totals, H, S, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
-    KEY_VECTOR: tl.constexpr, VALUE_VECTOR: tl.constexpr,
+    KEY_ACCESS: tl.constexpr, VALUE_ACCESS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, ITERATIONS: tl.constexpr,
     CHIP: tl.constexpr, BLOCK_C: tl.constexpr, CORE_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -159,8 +167,8 @@ def landmark_kernel(
         i_split = i // m_blocks
         o_m = (i % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
         i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-        p_keys, s_keys = head_of(p_key, s_kb, s_kh, s_kn, i_b, i_h, KEY_VECTOR)
-        p_values, s_values = head_of(p_value, s_vb, s_vh, s_vn, i_b, i_h, VALUE_VECTOR)
+        p_keys, s_keys = head_of(p_key, s_kb, s_kh, s_kn, i_b, i_h, KEY_ACCESS)
+        p_values, s_values = head_of(p_value, s_vb, s_vh, s_vn, i_b, i_h, VALUE_ACCESS)
         b_query = load_landmarks(p_query_means, i_bh, o_m, M, D, BLOCK_D).to(p_key.dtype.element_ty)  # (M, D)
         b_largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         b_total = tl.zeros((BLOCK_M,), tl.float32)
@@ -171,8 +179,8 @@ def landmark_kernel(
             valid = o_n < S
             if HAS_MASK:
                 valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
-            b_key = load_tokens(p_keys, s_keys, s_kd, first, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
-            b_value = load_tokens(p_values, s_values, s_vd, first, valid, E, BLOCK_N, BLOCK_E)  # (BLOCK_N, E)
+            b_key = load_tokens(p_keys, s_keys, s_kd, first, valid, D, KEY_ACCESS, BLOCK_N, BLOCK_D)
+            b_value = load_tokens(p_values, s_values, s_vd, first, valid, E, VALUE_ACCESS, BLOCK_N, BLOCK_E)
             logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
             logits = tl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
             largest = tl.maximum(b_largest, tl.max(logits, 1))
@@ -244,7 +252,7 @@ def mix_kernel(
 def output_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_key_means, p_mixed, p_key_absent, p_output,
     H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
-    QUERY_VECTOR: tl.constexpr,
+    QUERY_ACCESS: tl.constexpr,
     HAS_ABSENT: tl.constexpr, STEPS: tl.constexpr, MANY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +260,7 @@ def output_kernel(
     i_bh = tl.program_id(0) // blocks
     first = (tl.program_id(0) % blocks) * (STEPS * BLOCK_N)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_VECTOR)
+    p_queries, s_queries = head_of(p_query, s_qb, s_qh, s_qn, i_b, i_h, QUERY_ACCESS)
     p_output += i_bh.to(tl.int64) * N * E
     dtype: tl.constexpr = p_query.dtype.element_ty
     o_m = tl.arange(0, BLOCK_M)
@@ -262,7 +270,7 @@ def output_kernel(
     for step in tl.range(0, STEPS):
         start_n = first + step * BLOCK_N
         valid = start_n + tl.arange(0, BLOCK_N) < N
-        b_query = load_tokens(p_queries, s_queries, s_qd, start_n, valid, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+        b_query = load_tokens(p_queries, s_queries, s_qd, start_n, valid, D, QUERY_ACCESS, BLOCK_N, BLOCK_D)
         logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
         logits = tl.where(beyond[None, :], float("-inf"), logits * (scale * LOG2E))
         largest = tl.max(logits, 1)

@@ -64,7 +64,7 @@ def block_mean_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, q0, q1, q2,
     p_key, s_kb, s_kh, s_kn, s_kd, k0, k1, k2,
     p_query_means, p_key_means, H, M, D: tl.constexpr, c0, c1, c2, programs,
-    VECTOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACCESS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The mean of one block of tokens a program: `programs` of queries, then as many of keys."""
     pid = tl.program_id(0)
@@ -79,7 +79,7 @@ def block_mean_kernel(
     first0, size0 = _range_of(m // (c1 * c2), g0, c0)
     first1, size1 = _range_of((m // c2) % c1, g1, c1)
     first2, size2 = _range_of(m % c2, g2, c2)
-    p, s_n = head_of(p, s_b, s_h, s_n, (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), VECTOR)
+    p, s_n = head_of(p, s_b, s_h, s_n, (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), ACCESS)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     count = size0 * size1 * size2
@@ -100,7 +100,7 @@ def block_mean_kernel(
 @triton.jit
 def index_sum_kernel(
     p_tokens, s_b, s_h, s_n, s_d, p_index, s_ib, s_ih, s_in, p_sums, p_counts,
-    H, N, M, D: tl.constexpr, splits, m_blocks, VECTOR: tl.constexpr, SPLIT: tl.constexpr,
+    H, N, M, D: tl.constexpr, splits, m_blocks, ACCESS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums and counts of BLOCK_M landmarks over one split of the tokens: a one-hot product."""
@@ -110,7 +110,7 @@ def index_sum_kernel(
     o_m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    p_tokens, s_n = head_of(p_tokens, s_b, s_h, s_n, i_b, i_h, VECTOR)
+    p_tokens, s_n = head_of(p_tokens, s_b, s_h, s_n, i_b, i_h, ACCESS)
     p_index += i_b * s_ib + i_h * s_ih
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     b_count = tl.zeros((BLOCK_M,), tl.float32)
@@ -118,7 +118,7 @@ def index_sum_kernel(
         first = i_split * SPLIT + start
         o_n = first + tl.arange(0, BLOCK_N)
         b_index = tl.load(p_index + o_n.to(tl.int64) * s_in, mask=o_n < N, other=-1)  # (BLOCK_N,)
-        b = load_tokens(p_tokens, s_n, s_d, first, b_index >= 0, D, BLOCK_N, BLOCK_D)  # (BLOCK_N, D)
+        b = load_tokens(p_tokens, s_n, s_d, first, b_index >= 0, D, ACCESS, BLOCK_N, BLOCK_D)
         member = o_m[:, None] == b_index[None, :]  # (BLOCK_M, BLOCK_N)
         b_sum = dot(member.to(tl.float32).to(b.dtype), b, b_sum, PRECISION)
         b_count += tl.sum(member.to(tl.float32), 1)
@@ -172,9 +172,14 @@ def index_strides(index: Tensor) -> tuple[int, int, int]:
     return tuple(0 if size == 1 else stride for size, stride in zip(index.shape, index.stride(), strict=True))  # type: ignore[return-value]
 
 
-def vector(tokens: Tensor) -> int:
-    """The most elements, up to 16 bytes, of which every row of tokens (B, H, N, D) begins at a multiple."""
-    return math.gcd(16 // tokens.element_size(), *tokens.stride()[:3]) if tokens.stride(3) == 1 else 1
+def access(*tokens: Tensor) -> tuple[int, bool]:
+    """How kernels read rows of tensors (B, H, N, D): what is known of addresses, and whether they are WIDE.
+
+    The first is the most elements, up to 16 bytes, of which every row begins at a multiple; WIDE is a tensor of which a
+    tile may span more elements than 32 bits count.
+    """
+    together = (math.gcd(16 // x.element_size(), *x.stride()[:3]) if x.stride(3) == 1 else 1 for x in tokens)
+    return min(together), any(256 * max(x.stride()[2:]) > 2**30 for x in tokens)
 
 
 def three_axes(axes: Sequence[int]) -> tuple[int, ...]:
@@ -191,7 +196,7 @@ def block_means(query: Tensor, key: Tensor, layout: tuple, num_landmarks: int) -
     programs = batch * heads * num_landmarks
     block_mean_kernel[(2 * programs,)](
         query, *query.stride(), *query_grid, key, *key.stride(), *key_grid, means[0], means[1],
-        heads, num_landmarks, dim, *counts, programs, VECTOR=min(vector(query), vector(key)),
+        heads, num_landmarks, dim, *counts, programs, ACCESS=access(query, key),
         BLOCK_N=max(16, 4096 // block_d), BLOCK_D=block_d, num_warps=4, **_triton.FUSED,
     )  # fmt: skip
     return means[0], means[1]
@@ -210,7 +215,7 @@ def index_means(tokens: Tensor, index: Tensor, num_landmarks: int, fallback: Ten
     totals = tokens.new_empty(batch * heads, splits, num_landmarks, dtype=torch.float32)
     index_sum_kernel[(batch * heads * splits * m_blocks,)](
         tokens, *tokens.stride(), index, *index_strides(index), sums, totals,
-        heads, count, num_landmarks, dim, splits, m_blocks, VECTOR=vector(tokens), SPLIT=split,
+        heads, count, num_landmarks, dim, splits, m_blocks, ACCESS=access(tokens), SPLIT=split,
         BLOCK_M=block_m, BLOCK_N=config.tokens, BLOCK_D=block_d, PRECISION=_triton.precision(tokens.dtype),
         num_warps=config.num_warps, num_stages=config.num_stages, **_triton.FUSED,
     )  # fmt: skip
