@@ -334,7 +334,7 @@ class Backward(NamedTuple):
         return self.plan.key_landmark_mask is not None
 
     @property
-    def query_access(self) -> dict[str, int]:
+    def query_access(self) -> dict[str, tuple[int, bool]]:
         return {"QUERY_ACCESS": access(self.query_), "GRAD_ACCESS": access(self.grad_output)}
 
     def query_stats(self) -> tuple[Tensor, Tensor] | None:
