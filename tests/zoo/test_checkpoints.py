@@ -205,7 +205,7 @@ def test_the_checkpoints_of_equal_budgets_ship() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["savgan-mmnist", "3dgan-mmnist"])
+@pytest.mark.parametrize("name", ["savgan-mmnist", "3dgan-mmnist", "tganv2-mmnist"])
 def test_shipped_checkpoints_draw_digits_without_a_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no network")

@@ -46,12 +46,14 @@ def real_clips(recipe: str, count: int, digits: str | None = None) -> tuple[Tens
 
 
 def budget(path: str) -> str:
-    """How long a run's folder has trained; of another checkpoint its card says it."""
-    log, recipe = pathlib.Path(path) / "log.jsonl", pathlib.Path(path) / "recipe.toml"
-    if not (log.exists() and recipe.exists()):
+    """How long a run's folder, or a checkpoint that ships, has trained; of another its card says it."""
+    folder = checkpoints.SHIPPED / path if path in checkpoints.list_checkpoints() else pathlib.Path(path)
+    log, recipe = folder / "log.jsonl", folder / "recipe.toml"
+    if not recipe.exists():
         return "see its card"
-    last = json.loads(log.read_text().splitlines()[-1])
-    return f"{last['step']:,} steps of {recipes.load(recipe).train.batch} clips"
+    options = recipes.load(recipe).train
+    steps = json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() else options.steps
+    return f"{steps:,} steps of {options.batch} clips"
 
 
 def trained(folder: pathlib.Path, steps: int | None, overrides: Sequence[str] = ()) -> dict[str, str]:
