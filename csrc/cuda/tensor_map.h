@@ -6,7 +6,7 @@
 namespace nystromgan {
 
 // Of boxes of 64 columns and some rows of one head, with zeros beyond the tensor; make_tensor_map of launch.h makes it.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   unsigned char opaque[128];
 };
 
