@@ -334,12 +334,12 @@ def product_kernel(
 def multiply(out: Tensor, alpha: float, a: Tensor, b: Tensor, beta: float = 0.0, add: Tensor | None = None) -> Tensor:
     """out = alpha a b + beta add for (count, M, M) float32; a and b may be transposed views, out may be add."""
     count, size, _ = out.shape
-    tile, tile_k, config = tuning.PRODUCT[_triton.architecture(out)]
-    tiles = triton.cdiv(size, tile)
+    config = tuning.choose("product", _triton.architecture(out), _triton.tile(size))
+    tiles = triton.cdiv(size, config["TILE"])
     product_kernel[(count * tiles * tiles,)](
         out, a, b, out if add is None else add, *a.stride(), *b.stride(),
-        size, tiles, alpha, beta, ADD=add is not None, TILE=tile, TILE_K=tile_k,
-        K_STEPS=max(_triton.tile(size), tile_k) // tile_k, **config, **_triton.FUSED,
+        size, tiles, alpha, beta, ADD=add is not None,
+        K_STEPS=triton.cdiv(_triton.tile(size), config["TILE_K"]), **config, **_triton.FUSED,
     )  # fmt: skip
     return out
 
@@ -430,14 +430,14 @@ def iterative_pinv(matrix: Tensor, iterations: int, global_init: bool) -> Tensor
                 size,
                 ITERATIONS=iterations,
                 BLOCK=block,
-                **tuning.tiled_forward(block),
+                **tuning.choose("iterate", architecture, block),
                 **_triton.FUSED,
             )
             return iterates[:, -1].reshape(matrix.shape)
         pinv = matrix.new_empty(matrix.shape)
         chip_kernel[(count,)](
-            matrices, *matrices.stride(), pinv, size, ITERATIONS=iterations, BLOCK=block, **tuning.on_chip(block),
-            **_triton.FUSED,
+            matrices, *matrices.stride(), pinv, size, ITERATIONS=iterations, BLOCK=block,
+            **tuning.choose("chip", architecture, block), **_triton.FUSED,
         )  # fmt: skip
     return pinv
 
@@ -459,6 +459,7 @@ def iterative_pinv_backward(grad_output: Tensor, matrix: Tensor, iterations: int
         work[:, 0] = grads
         backward_kernel[(count,)](
             matrices, *matrices.stride(), work, iterates, grad_matrix, size,
-            ITERATIONS=iterations, BLOCK=block, **tuning.tiled(block), **_triton.FUSED,
+            ITERATIONS=iterations, BLOCK=block,
+            **tuning.choose("backward", _triton.architecture(matrix), block), **_triton.FUSED,
         )  # fmt: skip
     return grad_matrix

@@ -1,32 +1,53 @@
-"""Launch configurations of `iterative_pinv` in Triton, by device class and size class."""
+"""Launch configurations of `iterative_pinv` in Triton, from one table: not measured on a GPU yet.
+
+Chosen by compiling for sm_80, sm_90 and sm_100 (3.6.0) so that nothing spills.
+"""
+
+import re
 
 Config = dict[str, int]
 
-# The largest tile of the forward whose operands all stay on chip: above it registers spill (compiled, 3.6.0).
+# The largest tile of the forward whose operands all stay on chip: above it registers spill.
 CHIP_MOST = {80: 64, 90: 128, 100: 64}
 CHIP_MOST_BESIDE = {80: 32, 90: 64, 100: 64}  # in a kernel that does something else too
 
-WARPS = {16: 1, 32: 4, 64: 8, 128: 8, 256: 8, 512: 8}  # by the side of the matrix's tile
+ARCHITECTURES = (80, 90, 100)
 
-
-def on_chip(block: int) -> Config:
-    """Launch options of one program a matrix that holds it all."""
-    return {"num_warps": WARPS[block], "num_stages": 1}
-
-
-def tiled(block: int) -> Config:
-    """Kernel and launch options of one program a matrix that works through memory: 16 columns a step spill nothing."""
-    return {"TILE": min(block, 64), "TILE_K": 16, "num_warps": WARPS[block], "num_stages": 1}
-
-
-def tiled_forward(block: int) -> Config:
-    """`tiled` for the forward alone, which spills in sm_100's 8 warps."""
-    return {**tiled(block), "num_warps": 4}
-
-
-# (TILE, TILE_K, launch options) of a product of which every tile is a program: M > 128.
-PRODUCT: dict[int, tuple[int, int, Config]] = {
-    80: (64, 32, {"num_warps": 8, "num_stages": 3}),
-    90: (64, 32, {"num_warps": 4, "num_stages": 3}),
-    100: (64, 32, {"num_warps": 4, "num_stages": 3}),
+# What is measured on a new device, by kernel; a name is read by `named`.
+TILED = ("16x16/1/1", "16x16/4/1", "32x16/4/1", "32x16/8/1", "32x32/4/1", "64x16/4/1", "64x16/8/1", "64x32/8/1")
+CANDIDATES = {
+    "chip": ("1/1", "2/1", "4/1", "8/1"),
+    "iterate": TILED,
+    "backward": TILED,
+    "core_backward": TILED,
+    "product": ("32x32/4/3", "64x32/4/3", "64x32/8/3", "64x64/8/3", "128x32/8/3"),
 }
+
+# By kernel and architecture, the configurations for these columns, the side of the matrix's tile: `chip` holds a matrix
+# whole, `iterate` and `backward` work through memory, where 16 columns a step spill nothing. `beside` is the inverse in
+# a pass of nystrom_attention, `core_backward` its gradient there; `product` makes one tile a program, for M > 128.
+COLUMNS = (16, 32, 64, 128)
+TABLE = {
+    (kernel, architecture): row
+    for kernel, row in {
+        "chip": ("1/1", "4/1", "8/1", "8/1"),
+        "iterate": ("16x16/4/1", "32x16/4/1", "64x16/4/1", "64x16/4/1"),
+        "backward": ("16x16/1/1", "32x16/4/1", "64x16/8/1", "64x16/8/1"),
+        "beside": ("16x16/1/1", "32x16/4/1", "64x16/8/1", "64x16/8/1"),
+        "core_backward": ("16x16/4/1", "32x16/4/1", "64x16/8/1", "64x16/8/1"),
+        "product": ("64x32/4/3",) * 4,
+    }.items()
+    for architecture in ARCHITECTURES
+} | {("product", 80): ("64x32/8/3",) * 4}
+
+
+def named(name: str) -> Config:
+    """The options called, say, "64x16/8/1": a tile of 64 by 64, 16 columns a step, 8 warps, 1 stage; or "8/1"."""
+    values = map(int, re.split("[x/]", name))
+    keys = ("TILE", "TILE_K", "num_warps", "num_stages") if "x" in name else ("num_warps", "num_stages")
+    return dict(zip(keys, values, strict=True))
+
+
+def choose(kernel: str, architecture: int, block: int) -> Config:
+    """The options of `kernel` for matrices in a tile of side `block`."""
+    return named(TABLE[kernel, architecture][COLUMNS.index(min(block, COLUMNS[-1]))])

@@ -1,6 +1,6 @@
 """`nystrom_attention` in Triton: what each pass is launched with. The kernels are in the files beside this one."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -59,9 +59,9 @@ class Sizes(NamedTuple):
     def rows(self) -> int:
         return self.batch * self.heads
 
-    def tiles(self, name: str) -> dict[str, int | str]:
+    def tiles(self, name: str) -> dict[str, Any]:
         """Tile sizes, precision and launch options of pass `name`."""
-        config = tuning.choose(name, self.dtype, self.widest, self.architecture)
+        config = tuning.choose(name, self.architecture, self.widest, self.dtype.itemsize)
         return {
             "BLOCK_M": _triton.tile(self.landmarks, config.landmarks),
             "BLOCK_N": config.tokens,
@@ -160,30 +160,30 @@ def nystrom_attention(
         output = query.new_empty(*query.shape[:3], sizes.value_dim)
         tiles = sizes.tiles("output")
         steps = tuning.steps(sizes.queries)
-        blocks = triton.cdiv(sizes.queries, steps * int(tiles["BLOCK_N"]))
+        blocks = triton.cdiv(sizes.queries, steps * tiles["BLOCK_N"])
         forward.output_kernel[(sizes.rows * blocks,)](
             query, *query.stride(), key_means, mixed, _landmark_masks(plan, output)["p_key_absent"], output,
             sizes.heads, sizes.queries, num_landmarks, sizes.head_dim, sizes.value_dim, blocks, scale,
             QUERY_ACCESS=access(query), HAS_ABSENT=plan.key_landmark_mask is not None, STEPS=steps,
-            MANY=num_landmarks > int(tiles["BLOCK_M"]), **tiles,
+            MANY=num_landmarks > tiles["BLOCK_M"], **tiles,
         )  # fmt: skip
     return output, query_means, key_means, context, mixed, logsumexp
 
 
-def _core_options(sizes: Sizes, iterations: int, global_init: bool, architecture: int, save: bool) -> dict[str, object]:
-    """Options of a launch that may hold the program of A and its inverse."""
+def _core_options(sizes: Sizes, iterations: int, global_init: bool, save: bool) -> tuple[dict[str, object], int]:
+    """Options of a launch that may hold the program of A and its inverse, and the warps that it wants."""
     block = _triton.tile(sizes.landmarks)
     fused = not global_init and sizes.landmarks <= pinv.ON_CHIP
-    tiled = pinv_tuning.tiled(min(block, 128))
+    tiled = pinv_tuning.choose("beside", sizes.architecture, block)
     return {
         "CORE": int(fused),
         "ITERATIONS": iterations,
-        "CHIP": not save and block <= pinv_tuning.CHIP_MOST_BESIDE[architecture],
+        "CHIP": not save and block <= pinv_tuning.CHIP_MOST_BESIDE[sizes.architecture],
         "BLOCK_C": min(block, 128),
         "CORE_D": min(sizes.block_d, 32),
         "TILE": tiled["TILE"],
         "TILE_K": tiled["TILE_K"],
-    }
+    }, tiled["num_warps"]
 
 
 def _core(sizes: Sizes, query_means: Tensor, key_means: Tensor, plan: Plan, scale: float) -> Tensor:
@@ -205,19 +205,21 @@ def _landmark_values(
 ) -> Outputs:  # fmt: skip
     """(G V, W, logsumexp of G): the pass over the keys with the inverse beside it, then the product of both."""
     count, dim = sizes.landmarks, sizes.value_dim
-    core_options = _core_options(sizes, iterations, global_init, _triton.architecture(key), save=False)
+    core_options, core_warps = _core_options(sizes, iterations, global_init, save=False)
     matrices = 1 if core_options["CHIP"] else pinv.ITERATES * iterations + 1
     iterates = query_means.new_empty(sizes.rows, matrices, count, count) if core_options["CORE"] else query_means
     core = query_means.new_empty(sizes.rows, count, count) if core_options["CORE"] else query_means
-    split = tuning.split_tokens(sizes.keys)
+    split = tuning.split_tokens(sizes.keys, sizes.architecture)
     splits = triton.cdiv(sizes.keys, split)
     sums = query_means.new_empty(sizes.rows, splits, count, dim)
     largest, totals = query_means.new_empty(2, sizes.rows, splits, count)
     masks = _landmark_masks(plan, sums)
     mask = plan.key_padding_mask
     tiles = sizes.tiles("landmarks")
-    tiles["num_warps"] = max(int(tiles["num_warps"]), pinv_tuning.WARPS[int(core_options["BLOCK_C"])])  # type: ignore[call-overload]
-    m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
+    tiles |= tuning.with_core(
+        tiles["num_warps"], core_warps, _triton.tile(count), sizes.keys, sizes.architecture
+    )  # fmt: skip
+    m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
     forward.landmark_kernel[(sizes.rows * (splits * m_blocks + int(core_options["CORE"])),)](  # type: ignore[call-overload]
         key, *key.stride(), value, *value.stride(), _as_bytes(mask, sums), *_mask_strides(mask),
         query_means, key_means, *masks.values(), core, iterates, sums, largest, totals,
@@ -340,11 +342,11 @@ class Backward(NamedTuple):
     def query_stats(self) -> tuple[Tensor, Tensor] | None:
         """Row scales and deltas of F (B H, N), where landmarks take several tiles."""
         sizes = self.sizes
-        if all(sizes.landmarks <= int(sizes.tiles(name)["BLOCK_M"]) for name in ("query_sums", "query")):
+        if all(sizes.landmarks <= sizes.tiles(name)["BLOCK_M"] for name in ("query_sums", "query")):
             return None
         row_scale, delta = self.query_means.new_empty(2, sizes.rows, sizes.queries)
         tiles = sizes.tiles("query_stats")
-        blocks = triton.cdiv(sizes.queries, int(tiles["BLOCK_N"]))
+        blocks = triton.cdiv(sizes.queries, tiles["BLOCK_N"])
         backward.query_stats_kernel[(sizes.rows * blocks,)](
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
             self.key_means, self.mixed,
@@ -357,18 +359,18 @@ class Backward(NamedTuple):
     def query_sums(self, stats: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """dW and d K~ through F as rows (B H, M (E + D)), A, and its iterates with Z last."""
         sizes, count = self.sizes, self.sizes.landmarks
-        options = _core_options(sizes, self.iterations, self.global_init, _triton.architecture(self.key), save=True)
+        options, core_warps = _core_options(sizes, self.iterations, self.global_init, save=True)
         core = self.query_means.new_empty(sizes.rows, count, count)
         matrices = pinv.ITERATES * self.iterations + 1
         iterates = self.query_means.new_empty(sizes.rows, matrices, count, count) if options["CORE"] else core
-        split = tuning.split_tokens(sizes.queries)
+        split = tuning.split_tokens(sizes.queries, sizes.architecture)
         splits = triton.cdiv(sizes.queries, split)
         width = count * (sizes.head_dim + sizes.value_dim)
         parts = self.query_means.new_empty(sizes.rows, splits, width)
         tiles = sizes.tiles("query_sums")
         if options["CORE"]:
-            tiles["num_warps"] = max(int(tiles["num_warps"]), pinv_tuning.WARPS[int(options["BLOCK_C"])])  # type: ignore[call-overload]
-        m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
+            tiles["num_warps"] = max(tiles["num_warps"], core_warps)
+        m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
         row_scale, delta = (parts, parts) if stats is None else stats
         backward.query_sums_kernel[(sizes.rows * (splits * m_blocks + int(options["CORE"])),)](  # type: ignore[call-overload]
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
@@ -399,7 +401,8 @@ class Backward(NamedTuple):
                 grad_context, delta, work, grad_core, grad_query_means,
                 sizes.heads, count, sizes.head_dim, sizes.value_dim, self.scale,
                 HAS_ABSENT=self.has_absent, HAS_EXACT=self.plan.exact_rows is not None, **parts,
-                ITERATIONS=self.iterations, BLOCK_C=block, **pinv_tuning.tiled(block), **_triton.FUSED,
+                ITERATIONS=self.iterations, BLOCK_C=block,
+                **pinv_tuning.choose("core_backward", sizes.architecture, block), **_triton.FUSED,
             )  # fmt: skip
 
         if fused:
@@ -417,11 +420,11 @@ class Backward(NamedTuple):
         sizes, count, mask = self.sizes, self.sizes.landmarks, self.plan.key_padding_mask
         grad_key = self.key.new_empty(self.key.shape)
         grad_value = self.value.new_empty(self.value.shape)
-        split = tuning.split_tokens(sizes.keys)
+        split = tuning.split_tokens(sizes.keys, sizes.architecture)
         splits = triton.cdiv(sizes.keys, split)
         parts = grad_context.new_empty(sizes.rows, splits, count * sizes.head_dim)
         tiles = sizes.tiles("keys")
-        m_blocks = triton.cdiv(count, int(tiles["BLOCK_M"]))
+        m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
         lift = (sizes.keys.bit_length() - 1) // 2 if sizes.dtype == torch.float16 else 0
 
         def launch(blocks: int, **parts_of: bool) -> None:
@@ -450,7 +453,7 @@ class Backward(NamedTuple):
         grad_query = self.query_.new_empty(self.query_.shape)
         tiles = sizes.tiles("query")
         steps = tuning.steps(sizes.queries)
-        blocks = triton.cdiv(sizes.queries, steps * int(tiles["BLOCK_N"]))
+        blocks = triton.cdiv(sizes.queries, steps * tiles["BLOCK_N"])
         row_scale, delta = (grad_query_means, grad_query_means) if stats is None else stats
         backward.query_kernel[(sizes.rows * blocks,)](
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),

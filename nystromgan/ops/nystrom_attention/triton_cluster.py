@@ -99,10 +99,11 @@ def _lloyd_step(
     batch, heads, count, dim = tokens.shape
     num_landmarks = landmarks.shape[2]
     block_d = _triton.tile(dim)
-    config = tuning.choose("lloyd", tokens.dtype, block_d, _triton.architecture(tokens))
+    architecture = _triton.architecture(tokens)
+    config = tuning.choose("lloyd", architecture, block_d, tokens.element_size())
     block_m = _triton.tile(num_landmarks, config.landmarks)
     fused = num_landmarks <= block_m
-    split = tuning.split_tokens(count)
+    split = tuning.split_tokens(count, architecture)
     splits = triton.cdiv(count, split)
     sums = landmarks.new_empty(batch * heads, splits, num_landmarks, dim if fused else 0)
     totals = landmarks.new_empty(batch * heads, splits, num_landmarks)

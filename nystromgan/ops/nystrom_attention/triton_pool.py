@@ -205,10 +205,11 @@ def block_means(query: Tensor, key: Tensor, layout: tuple, num_landmarks: int) -
 def index_means(tokens: Tensor, index: Tensor, num_landmarks: int, fallback: Tensor | None = None) -> Tensor:
     """Means (B, H, M, D) float32 of tokens over an index; where it is empty, zeros or `fallback`'s rows."""
     batch, heads, count, dim = tokens.shape
-    split = tuning.split_tokens(count)
+    architecture = _triton.architecture(tokens)
+    split = tuning.split_tokens(count, architecture)
     splits = triton.cdiv(count, split)
     block_d = _triton.tile(dim)
-    config = tuning.choose("index_sum", tokens.dtype, block_d, _triton.architecture(tokens))
+    config = tuning.choose("index_sum", architecture, block_d, tokens.element_size())
     block_m = _triton.tile(num_landmarks, config.landmarks)
     m_blocks = triton.cdiv(num_landmarks, block_m)
     sums = tokens.new_empty(batch * heads, splits, num_landmarks, dim, dtype=torch.float32)
