@@ -15,7 +15,9 @@ if _env.triton_interpret():
 from triton.runtime.jit import JITFunction
 
 from nystromgan.ops.iterative_pinv import triton as pinv
+from nystromgan.ops.iterative_pinv import tuning as pinv_tuning
 from nystromgan.ops.nystrom_attention import triton as kernels
+from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.landmarks import grid_index, masked_landmarks
 from nystromgan.ops.power_iteration import triton as power
 from nystromgan.ops.spatiotemporal_attention import triton as maps
@@ -104,3 +106,12 @@ def test_tiles_that_span_more_than_32_bits_count_are_wide(monkeypatch: pytest.Mo
     assert options["landmark_kernel"]["VALUE_ACCESS"] == options["output_kernel"]["QUERY_ACCESS"] == (4, False)
     matrix = near.as_strided((2, 64, 64), (64, 2**26, 1))
     assert pinv.within_32_bits(matrix).is_contiguous()
+
+
+def test_every_configuration_of_the_tables_is_a_candidate() -> None:
+    for (_, _, itemsize), row in tuning.TABLE.items():
+        assert len(row) == len(tuning.COLUMNS)
+        assert set(row) <= set(tuning.CANDIDATES[itemsize])
+    for (kernel, _), row in pinv_tuning.TABLE.items():
+        assert len(row) == len(pinv_tuning.COLUMNS)
+        assert set(row) <= set(pinv_tuning.CANDIDATES.get(kernel, pinv_tuning.TILED))
