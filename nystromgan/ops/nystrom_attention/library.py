@@ -1,6 +1,6 @@
 """The torch.library ops under `nystrom_attention` and `cluster_landmarks`: schemas, fake kernels, derivatives."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,8 +49,8 @@ def _resolved(
 
 
 def _placed(
-    backend: str, plan: Plan, grids: Sequence[list[int]], device: torch.device
-) -> tuple[Plan, dict[str, Sequence[list[int]]]]:
+    backend: str, plan: Plan, grids: list[list[int]], device: torch.device
+) -> tuple[Plan, dict[str, list[list[int]]]]:
     """The plan as `backend` takes it: triton works out blocks of up to three axes itself, the others go by an index."""
     pooled = plan.query_landmarks is None and plan.query_index is None and plan.key_index is None
     if backend == "triton" and pooled and len(grids[0]) <= 3:

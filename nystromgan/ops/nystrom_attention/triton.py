@@ -15,6 +15,7 @@ from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.landmarks import Plan
 from nystromgan.ops.nystrom_attention.triton_cluster import cluster_landmarks
 from nystromgan.ops.nystrom_attention.triton_pool import (
+    Grids,
     access,
     block_means,
     index_counts,
@@ -103,7 +104,7 @@ def _both_masks(plan: Plan) -> Plan:
     )
 
 
-def _means(query: Tensor, key: Tensor, plan: Plan, layout: tuple | None, num_landmarks: int) -> tuple[Tensor, Tensor]:
+def _means(query: Tensor, key: Tensor, plan: Plan, layout: Grids | None, num_landmarks: int) -> tuple[Tensor, Tensor]:
     """The landmarks (B, H, M, D) float32: as given, or the means over the layout or the index."""
     if layout is not None:
         return block_means(query, key, layout, num_landmarks)
@@ -136,7 +137,7 @@ def nystrom_attention(
     scale: float,
     pinv_iterations: int,
     global_init: bool,
-    layout: tuple | None = None,
+    layout: Grids | None = None,
 ) -> Outputs:
     """(output, query_means, key_means, context, mixed, logsumexp); see the schema of the native op.
 
@@ -216,9 +217,8 @@ def _landmark_values(
     masks = _landmark_masks(plan, sums)
     mask = plan.key_padding_mask
     tiles = sizes.tiles("landmarks")
-    tiles |= tuning.with_core(
-        tiles["num_warps"], core_warps, _triton.tile(count), sizes.keys, sizes.architecture
-    )  # fmt: skip
+    block = _triton.tile(count)
+    tiles |= tuning.with_core(tiles["num_warps"], core_warps, block, sizes.keys, sizes.architecture)
     m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
     forward.landmark_kernel[(sizes.rows * (splits * m_blocks + int(core_options["CORE"])),)](  # type: ignore[call-overload]
         key, *key.stride(), value, *value.stride(), _as_bytes(mask, sums), *_mask_strides(mask),
@@ -285,7 +285,7 @@ def nystrom_attention_backward(
     scale: float,
     pinv_iterations: int,
     global_init: bool,
-    layout: tuple | None = None,
+    layout: Grids | None = None,
 ) -> Outputs:
     """Gradients of query, key, value, and of the landmarks where the caller gave them; the others are empty."""
     plan = Plan(
