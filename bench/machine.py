@@ -63,10 +63,24 @@ def commit() -> str | None:
         return _env.commit() or None
 
 
+def _side(timer: clock.Clock, dtype: torch.dtype, most: int) -> int:
+    """The largest side up to `most` whose product takes a quarter of a second at most.
+
+    Without AVX-512 torch multiplies bfloat16 at 1.4 GFLOP/s: a side of 2048 takes 13 s there.
+    """
+    side = min(64, most)
+    while side < most:
+        matrix = torch.randn(side, side).to(dtype)
+        if 8 * timer.sample_s([functools.partial(torch.matmul, matrix, matrix)], 2) > 0.25:
+            break
+        side *= 2
+    return side
+
+
 def rates(device: str, tiny: bool = False) -> dict[str, float]:
     """The best of several: a copy, read and written, and products of square matrices by dtype."""
     timer = clock.CLOCKS[device]
-    length, side = (2**16, 64) if tiny else (2**26, 2048) if device == "cpu" else (2**28, 8192)
+    length, most = (2**16, 64) if tiny else (2**26, 2048) if device == "cpu" else (2**28, 8192)
     source = torch.randn(length, device=device)
     target = torch.empty_like(source)
     found = {
@@ -76,6 +90,7 @@ def rates(device: str, tiny: bool = False) -> dict[str, float]:
         / min(clock.samples_s(timer, [lambda: target.copy_(source)], 0.0 if tiny else 0.5))
     }
     for dtype_name, dtype in DTYPES.items():
+        side = _side(timer, dtype, most) if device == "cpu" else most
         matrix = torch.randn(side, side, device=device).to(dtype)
         seconds = min(clock.samples_s(timer, [functools.partial(torch.matmul, matrix, matrix)], 0.0 if tiny else 0.5))
         found[f"gemm_{dtype_name}_flop_per_s"] = 2 * side**3 / seconds
