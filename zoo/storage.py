@@ -61,7 +61,17 @@ def save_tensors(path: pathlib.Path, tensors: Mapping[str, Tensor], metadata: Ma
     for name, tensor in copies.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path} is not written: {name} has values that are not finite")
-    write(path, safetensors.torch.save(copies, {**metadata, "sha256": digest(copies)}))
+    write(path, _in_order(safetensors.torch.save(copies, {**metadata, "sha256": digest(copies)})))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A file with its metadata sorted, which safetensors writes in any order: equal tensors are equal bytes."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(content)[8 + length :]))
 
 
 def load_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
