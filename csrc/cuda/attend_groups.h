@@ -10,9 +10,12 @@
 #include "group_tiles.h"
 #include "ring.h"
 
-#if HAS_GROUPS
-
 namespace nystromgan {
+
+constexpr int kMapThreads = kMostMapConsumers * kGroupThreads + kMapCopiers;
+constexpr int kTokenThreads = kTokenConsumers * kGroupThreads + kTokenCopiers;
+
+#if HAS_GROUPS
 
 // One head of an operand as either kind of copy takes it.
 template <class T, bool CHANNEL_MAJOR>
@@ -214,6 +217,6 @@ DEVICE void group_gradient(const GroupGradient& problem) {
   }
 }
 
-}  // namespace nystromgan
-
 #endif
+
+}  // namespace nystromgan

@@ -12,6 +12,15 @@
 #define HAS_GROUPS 0
 #endif
 
+// A kernel for what has them; else one of so few threads that the launches see there is nothing to run.
+#if HAS_GROUPS
+#define GROUP_KERNEL(name, Params, threads, blocks, ...) \
+  KERNEL(name, Params, threads, blocks) { __VA_ARGS__; }
+#else
+#define GROUP_KERNEL(name, Params, threads, blocks, ...) \
+  KERNEL(name, Params, 32, 1) { stop(); }
+#endif
+
 namespace nystromgan {
 
 constexpr int kGroupRows = 64, kGroupThreads = 128, kSwizzleBytes = 1024;

@@ -1,15 +1,6 @@
 #include "attend_groups.h"
 
 namespace nystromgan {
-#if HAS_GROUPS
-KERNEL(attend_key_value_float16_64_groups, GroupGradient, kMostMapConsumers * kGroupThreads + kMapCopiers, 1) {
-  group_gradient<Half, GradientOf::key_value, kMapDim, 64>(p);
-}
-KERNEL(attend_key_value_float16_128_groups, GroupGradient, kMostMapConsumers * kGroupThreads + kMapCopiers, 1) {
-  group_gradient<Half, GradientOf::key_value, kMapDim, 128>(p);
-}
-#else  // so few threads tell the launches that there is nothing to run
-KERNEL(attend_key_value_float16_64_groups, GroupGradient, 32, 1) { stop(); }
-KERNEL(attend_key_value_float16_128_groups, GroupGradient, 32, 1) { stop(); }
-#endif
+GROUP_KERNEL(attend_key_value_float16_64_groups, GroupGradient, kMapThreads, 1, group_gradient<Half, GradientOf::key_value, kMapDim, 64>(p))
+GROUP_KERNEL(attend_key_value_float16_128_groups, GroupGradient, kMapThreads, 1, group_gradient<Half, GradientOf::key_value, kMapDim, 128>(p))
 }  // namespace nystromgan
