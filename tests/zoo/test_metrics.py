@@ -143,9 +143,10 @@ def test_other_files_than_inceptions_are_refused(tmp_path: pathlib.Path) -> None
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth must be of torch-fidelity's Inception, got a"):
         fid.inception(tmp_path / "other.pth")
-    (tmp_path / "text.txt").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text\.txt must be a state dict of Inception saved by torch"):
-        fid.inception(tmp_path / "text.txt")
+    for name, content in (("text.txt", "no weights"), ("hi.txt", "hi\n"), ("empty", ""), ("x.safetensors", "x")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} must be a state dict of Inception saved by torch"):
+            fid.inception(tmp_path / name)
 
 
 def test_fid_and_kid_of_frames_have_the_datas_own_beside(real: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """FID of images, by torchmetrics: the Fréchet distance in Inception's features, or in those of a network of yours."""
 
 import os
-import pickle
 from collections.abc import Callable
 
 import torch
@@ -34,7 +33,9 @@ def inception(weights: str | os.PathLike) -> Network:
     """
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would unpickle anything
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of bytes that are no pickle torch.load raises nearly anything, KeyError of text
         raise ValueError(f"{os.fspath(weights)} must be a state dict of Inception saved by torch: {error}") from error
     if "Mixed_7c.branch_pool.conv.weight" not in state:
         raise ValueError(
