@@ -30,4 +30,17 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& shape, Scala
   return torch::stable::new_empty(like, shape, type);
 }
 
+// Whether a grid has these tokens, and along every axis from one block to one for each position.
+inline void check_grid(const Tensor& tokens, const std::vector<int64_t>& grid, const std::vector<int64_t>& counts) {
+  STD_TORCH_CHECK(grid.size() == counts.size(), "a grid of ", grid.size(), " axes must have as many counts, got ", counts.size());
+  int64_t positions = 1;
+  for (size_t axis = 0; axis < grid.size(); ++axis) {
+    positions *= grid[axis];
+    STD_TORCH_CHECK(1 <= counts[axis] && counts[axis] <= grid[axis], "landmarks along an axis must be from 1 to its size, ",
+                    grid[axis], ", got ", counts[axis]);
+  }
+  STD_TORCH_CHECK(positions == tokens.size(2), "a grid must have as many positions as there are tokens, ", tokens.size(2),
+                  ", got ", positions);
+}
+
 }  // namespace nystromgan

@@ -14,12 +14,33 @@ NYSTROMGAN_KERNEL(cluster_landmarks, ClusterProblem)
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
 
 Tokens tokens_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2), x.stride(3)};
 }
 
 float* floats(const Tensor& x) { return static_cast<float*>(const_cast<void*>(x.const_data_ptr())); }
+
+// (1, 1, tokens) int32: each token's block of a grid, row-major; the first size mod count blocks of an axis are longer.
+Tensor grid_index(const Tensor& tokens, const Sizes& grid, const Sizes& counts) {
+  check_grid(tokens, grid, counts);
+  const Tensor index = empty(tokens, {1, 1, tokens.size(2)}, ScalarType::Int);
+  int32_t* blocks = static_cast<int32_t*>(index.mutable_data_ptr());
+  int64_t filled = 1;
+  blocks[0] = 0;
+  for (size_t axis = 0; axis < grid.size(); ++axis) {
+    const int64_t size = grid[axis], count = counts[axis], length = size / count, longer = size % count;
+    std::vector<int32_t> block;  // of each position of the axis
+    for (int64_t i = 0; i < count; ++i) block.insert(block.end(), length + (i < longer), static_cast<int32_t>(i));
+    for (int64_t i = filled - 1; i >= 0; --i) {  // from the end, so that it happens in place
+      const int32_t before = blocks[i] * static_cast<int32_t>(count);
+      for (int64_t j = 0; j < size; ++j) blocks[i * size + j] = before + block[j];
+    }
+    filled *= size;
+  }
+  return index;
+}
 
 // Contiguous tensors behind optional arguments, which must outlive the kernel's run.
 struct Plan {
@@ -85,11 +106,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& query_landmarks,
     const OptionalTensor& key_landmarks, const OptionalTensor& query_index, const OptionalTensor& key_index,
     const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
-    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, int64_t num_landmarks, double scale,
-    int64_t pinv_iterations, bool global_init) {
+    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const Sizes& query_grid,
+    const Sizes& key_grid, const Sizes& landmark_grid, int64_t num_landmarks, double scale, int64_t pinv_iterations,
+    bool global_init) {
   const int64_t batch = query.size(0), heads = query.size(1), value_dim = value.size(3);
   const std::vector<int64_t> small{batch, heads, num_landmarks, value_dim};
-  const Plan plan(query_index, key_index, key_padding_mask, query_landmark_mask, key_landmark_mask, exact_rows);
+  const Plan plan(
+      query_landmarks || query_index ? query_index : grid_index(query, query_grid, landmark_grid),
+      key_landmarks || key_index ? key_index : grid_index(key, key_grid, landmark_grid), key_padding_mask,
+      query_landmark_mask, key_landmark_mask, exact_rows);
   const Saved saved{
       means_of(query, query_landmarks, num_landmarks), means_of(key, key_landmarks, num_landmarks),
       empty(query, small, ScalarType::Float), empty(query, small, ScalarType::Float),
@@ -107,9 +132,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& key_means, const Tensor& context, const Tensor& mixed, const Tensor& logsumexp,
     const OptionalTensor& query_landmarks, const OptionalTensor& key_landmarks, const OptionalTensor& query_index,
     const OptionalTensor& key_index, const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
-    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, int64_t num_landmarks, double scale,
-    int64_t pinv_iterations, bool global_init) {
-  const Plan plan(query_index, key_index, key_padding_mask, query_landmark_mask, key_landmark_mask, exact_rows);
+    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const Sizes& query_grid,
+    const Sizes& key_grid, const Sizes& landmark_grid, int64_t num_landmarks, double scale, int64_t pinv_iterations,
+    bool global_init) {
+  const Plan plan(
+      query_landmarks || query_index ? query_index : grid_index(query, query_grid, landmark_grid),
+      key_landmarks || key_index ? key_index : grid_index(key, key_grid, landmark_grid), key_padding_mask,
+      query_landmark_mask, key_landmark_mask, exact_rows);
   const Saved saved{query_means, key_means, context, mixed, logsumexp};
   auto like = [](const Tensor& x) { return empty_recycled(x, {x.size(0), x.size(1), x.size(2), x.size(3)}); };
   const Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);

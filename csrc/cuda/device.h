@@ -138,6 +138,21 @@ inline float shuffle_xor(float x, int mask) {
   return result;
 }
 
+// x of one lane.
+inline int shuffle(int x, int lane) {
+  struct Operand {
+    int x, lane;
+  } operand{x, lane};
+  int result;
+  emulation::gather(&operand, sizeof operand, &result, 4, [](const char* operands, char* results) {
+    for (int i = 0; i < 32; ++i) {
+      const int from = reinterpret_cast<const Operand*>(operands + 64 * i)->lane;
+      memcpy(results + 64 * i, &reinterpret_cast<const Operand*>(operands + 64 * from)->x, 4);
+    }
+  });
+  return result;
+}
+
 // Whether any lane of the warp says so.
 inline bool any_of(bool x) {
   bool result;
@@ -332,6 +347,8 @@ DEVICE uint32_t tf32_of(float x) {
 DEVICE void add_to_counter(int* counter, int x) { atomicAdd(counter, x); }
 
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+// x of one lane.
+DEVICE int shuffle(int x, int lane) { return __shfl_sync(0xffffffff, x, lane); }
 // Whether any lane of the warp says so.
 DEVICE bool any_of(bool x) { return __any_sync(0xffffffff, x); }
 

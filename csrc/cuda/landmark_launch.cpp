@@ -14,6 +14,7 @@ DECLARE_OF_DTYPES(landmarks, landmark_sums)
 DECLARE_OF_DTYPES(landmarks, landmark_convert)
 DECLARE_KERNEL(landmarks, landmark_means)
 DECLARE_KERNEL(landmarks, landmark_counts)
+DECLARE_KERNEL(landmarks, landmark_grid_index)
 DECLARE_KERNEL(nystrom_core, nystrom_core_softmax)
 DECLARE_KERNEL(nystrom_core, nystrom_core_gradient)
 DECLARE_KERNEL(nystrom_core, nystrom_merge)
@@ -40,6 +41,12 @@ Launch striding(int64_t count, int64_t of_one_block) {
 
 constexpr int64_t kWarps = kLandmarkThreads / 32;
 
+Divisor divisor_of(int64_t n) {
+  uint32_t shift = 31;
+  while (int64_t{1} << (shift - 31) < n) ++shift;
+  return {static_cast<uint32_t>(ceil_of(int64_t{1} << shift, n)), shift};
+}
+
 }  // namespace
 
 int64_t split_tokens(int64_t count) {
@@ -61,10 +68,24 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& mask) {
 Index index_of(const Tensor& index) {
   STD_TORCH_CHECK(index.stride(2) == 1 || index.size(2) == 1, "an index must have its tokens side by side");
   return {static_cast<const int32_t*>(index.const_data_ptr()), index.size(0) == 1 ? 0 : index.stride(0),
-          index.size(1) == 1 ? 0 : index.stride(1)};
+          index.size(1) == 1 ? 0 : index.stride(1), {}};
 }
 
-Tensor index_means(const Tensor& tokens, const Tensor& index, int64_t landmarks, const std::optional<Tensor>& fallback) {
+Grid grid_of(const Tensor& tokens, const std::vector<int64_t>& sizes, const std::vector<int64_t>& counts) {
+  check_grid(tokens, sizes, counts);
+  const int axes = static_cast<int>(sizes.size());
+  STD_TORCH_CHECK(axes <= kGridAxes, "a grid must have at most ", kGridAxes, " axes, got ", axes);
+  Grid grid{};
+  grid.num_axes = axes;
+  for (int i = 0; i < axes; ++i) {
+    const int64_t size = sizes[axes - 1 - i], count = counts[axes - 1 - i], length = size / count;
+    grid.axes[i] = {static_cast<int>(size), static_cast<int>(count), static_cast<int>(length),
+                    static_cast<int>(size % count), divisor_of(size), divisor_of(length), divisor_of(length + 1)};
+  }
+  return grid;
+}
+
+Tensor index_means(const Tensor& tokens, const Index& index, int64_t landmarks, const std::optional<Tensor>& fallback) {
   const int64_t batch = tokens.size(0), heads = tokens.size(1), count = tokens.size(2), dim = tokens.size(3);
   const int64_t split = split_tokens(count), splits = ceil_of(count, split), rows = batch * heads;
   const Tensor means = empty(tokens, {batch, heads, landmarks, dim}, ScalarType::Float);
@@ -75,7 +96,7 @@ Tensor index_means(const Tensor& tokens, const Tensor& index, int64_t landmarks,
   const int64_t warp_bytes = landmarks * (kSumChannels + 1) * sizeof(float);
   while (warps > 1 && warps * warp_bytes > kSumBytes) warps /= 2;
   const Dtype type = dtype(tokens, "tokens");
-  const IndexSums problem{operand_of(tokens), index_of(index), floats(sums), floats(counts), static_cast<int>(heads),
+  const IndexSums problem{operand_of(tokens), index, floats(sums), floats(counts), static_cast<int>(heads),
                           static_cast<int>(count), static_cast<int>(landmarks), static_cast<int>(dim),
                           static_cast<int>(splits), static_cast<int>(split)};
   launch(OF_DTYPE(type, landmark_sums),
@@ -86,13 +107,22 @@ Tensor index_means(const Tensor& tokens, const Tensor& index, int64_t landmarks,
   return means;
 }
 
-Tensor index_counts(const Tensor& index, int64_t landmarks) {
+Members members_of(const Tensor& index, int64_t landmarks) {
   const int64_t batch = index.size(0), heads = index.size(1);
   const Tensor counts = empty(index, {batch, heads, landmarks}, ScalarType::Float);
   const IndexCounts problem{index_of(index), floats(counts), static_cast<int>(heads), static_cast<int>(index.size(2)),
                             static_cast<int>(landmarks)};
-  launch(kernel_landmark_counts, {batch * heads, kLandmarkThreads, landmarks * sizeof(int)}, &problem, index);
-  return counts;
+  launch(kernel_landmark_counts, {batch * heads, kCountThreads, landmarks * sizeof(int)}, &problem, index);
+  return {index, counts};
+}
+
+Members members_of(const Tensor& tokens, const Grid& grid, int64_t landmarks) {
+  const int64_t count = tokens.size(2);
+  const Members members{empty(tokens, {1, 1, count}, ScalarType::Int), empty(tokens, {1, 1, landmarks}, ScalarType::Float)};
+  const GridIndex problem{grid, static_cast<int32_t*>(members.index.mutable_data_ptr()), floats(members.counts),
+                          static_cast<int>(count), static_cast<int>(landmarks)};
+  launch(kernel_landmark_grid_index, striding(std::max(count, landmarks), kLandmarkThreads), &problem, tokens);
+  return members;
 }
 
 void launch_matmul(const Tensor& on, Transposed which, const Matmul& problem) {

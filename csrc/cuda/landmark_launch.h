@@ -15,11 +15,18 @@ const uint8_t* bytes_of(const std::optional<Tensor>& mask);
 std::optional<Tensor> contiguous(const std::optional<Tensor>& mask);
 Index index_of(const Tensor& index);
 
-// Means (B, H, M, D) float32 of tokens over an index; where it is empty, zeros or `fallback`'s rows.
-Tensor index_means(const Tensor& tokens, const Tensor& index, int64_t landmarks, const std::optional<Tensor>& fallback);
+// Blocks of a grid of at most three axes that the tokens lie in, `counts` along each.
+Grid grid_of(const Tensor& tokens, const std::vector<int64_t>& sizes, const std::vector<int64_t>& counts);
 
-// Tokens of every landmark, (B|1, H|1, M) float32.
-Tensor index_counts(const Tensor& index, int64_t landmarks);
+// Means (B, H, M, D) float32 of tokens over an index; where it is empty, zeros or `fallback`'s rows.
+Tensor index_means(const Tensor& tokens, const Index& index, int64_t landmarks, const std::optional<Tensor>& fallback);
+
+// Which landmark each token is in the mean of, (B|1, H|1, tokens) int32, and how many share it, (B|1, H|1, M) float32.
+struct Members {
+  Tensor index, counts;
+};
+Members members_of(const Tensor& index, int64_t landmarks);
+Members members_of(const Tensor& tokens, const Grid& grid, int64_t landmarks);
 
 enum class Transposed { none, left, right };
 

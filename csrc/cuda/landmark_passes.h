@@ -23,7 +23,6 @@ DEVICE void index_sums(const IndexSums& p) {
   const int end = minimum(minimum(first + each, (split + 1) * p.split), p.num_tokens);
   const int64_t batch = batch_head / p.heads, head = batch_head % p.heads;
   const T* tokens = static_cast<const T*>(p.tokens.data) + batch * p.tokens.batch + head * p.tokens.head;
-  const int32_t* index = p.index.data + batch * p.index.batch + head * p.index.head;
   float* own = s_sums + warp_index() * p.landmarks * kSumChannels + lane_index();
   float* own_counts = s_counts + warp_index() * p.landmarks;
   constexpr int kAhead = 8;
@@ -34,11 +33,14 @@ DEVICE void index_sums(const IndexSums& p) {
     own[current * kSumChannels] += sum;
     if (lane_index() == 0) own_counts[current] += count;
   };
+  int of_lane = -1;  // the landmark of this lane's token of 32
   for (int token = first; token < end; token += kAhead) {
+    const int place = (token - first) % 32;
+    if (place == 0) of_lane = token + lane_index() < end ? landmark_of(p.index, batch, head, token + lane_index()) : -1;
     int landmark[kAhead];
     float x[kAhead];
     UNROLL
-    for (int i = 0; i < kAhead; ++i) landmark[i] = token + i < end ? index[token + i] : -1;
+    for (int i = 0; i < kAhead; ++i) landmark[i] = shuffle(of_lane, place + i);
     UNROLL
     for (int i = 0; i < kAhead; ++i)
       x[i] = landmark[i] >= 0 && channel < p.dim ? to_float(tokens[(token + i) * p.tokens.token + channel * p.tokens.channel])
@@ -101,11 +103,26 @@ DEVICE void index_counts(const IndexCounts& p) {
   sync_block();
   const int64_t batch = block_index() / p.heads, head = block_index() % p.heads;
   const int32_t* index = p.index.data + batch * p.index.batch + head * p.index.head;
-  for (int i = thread_index(); i < p.num_tokens; i += num_threads())
-    if (index[i] >= 0) add_to_counter(s_counts + index[i], 1);
+  constexpr int kAhead = 8;  // reads on their way: there is one block for all tokens
+  for (int start = thread_index(); start < p.num_tokens; start += kAhead * num_threads()) {
+    int landmark[kAhead];
+    UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      const int token = start + i * num_threads();
+      landmark[i] = token < p.num_tokens ? index[token] : -1;
+    }
+    UNROLL
+    for (int i = 0; i < kAhead; ++i)
+      if (landmark[i] >= 0) add_to_counter(s_counts + landmark[i], 1);
+  }
   sync_block();
   for (int i = thread_index(); i < p.landmarks; i += num_threads())
     p.counts[int64_t{block_index()} * p.landmarks + i] = static_cast<float>(s_counts[i]);
+}
+
+DEVICE void grid_index(const GridIndex& p) {
+  for_each_of(p.num_tokens, [&](int64_t i) { p.index[i] = block_of(p.grid, static_cast<int>(i)); });
+  for_each_of(p.landmarks, [&](int64_t i) { p.counts[i] = static_cast<float>(tokens_of(p.grid, static_cast<int>(i))); });
 }
 
 template <class T>

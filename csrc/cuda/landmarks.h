@@ -1,19 +1,26 @@
 // What the passes over landmarks take that are not attention.
 //
-// Letters: B batch, H heads, M landmarks, D and E channels. An index gives each token's landmark, -1 for none.
+// Letters: B batch, H heads, M landmarks, D and E channels.
 #pragma once
 
 #include "attend.h"
+#include "grid.h"
 
 namespace nystromgan {
 
-constexpr int kLandmarkThreads = 256, kMostLandmarks = 512;
+constexpr int kLandmarkThreads = 256, kCountThreads = 1024, kMostLandmarks = 512;
 constexpr int kSumChannels = 32;  // of one block of index sums: one a lane
 
+// Each token's landmark, -1 for none: as memory has it, or else its block of a grid.
 struct Index {
   const int32_t* data = nullptr;  // (B|1, H|1, tokens)
   int64_t batch = 0, head = 0;    // 0 where there is one for all
+  Grid grid{};
 };
+
+DEVICE int landmark_of(const Index& index, int64_t batch, int64_t head, int token) {
+  return index.data ? index.data[batch * index.batch + head * index.head + token] : block_of(index.grid, token);
+}
 
 // Sums and counts of every landmark's tokens, by splits of the tokens.
 struct IndexSums {
@@ -34,9 +41,17 @@ struct IndexMeans {
 };
 
 struct IndexCounts {
-  Index index;
+  Index index;    // in memory
   float* counts;  // (B|1, H|1, M)
   int heads, num_tokens, landmarks;
+};
+
+// The index that a grid is, and its counts.
+struct GridIndex {
+  Grid grid;
+  int32_t* index;  // (tokens)
+  float* counts;   // (M)
+  int num_tokens, landmarks;
 };
 
 // out = x in another dtype; where `only` is given, `other` instead in the rows of the batch that it marks, and both stored.

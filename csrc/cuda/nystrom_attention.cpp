@@ -14,10 +14,20 @@ namespace nystromgan {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
 
 struct Plan {
   OptionalTensor query_landmarks, key_landmarks, query_index, key_index, key_padding_mask, query_absent, key_absent, exact;
+  Sizes query_grid, key_grid, landmark_grid;  // of the sides that have neither landmarks nor an index
 };
+
+// The tokens that one side's landmarks are the means of; none where the caller gave the landmarks.
+std::optional<Index> index_of_side(const Tensor& tokens, const OptionalTensor& landmarks, const OptionalTensor& index,
+                                   const Sizes& grid, const Sizes& counts) {
+  if (index) return index_of(*index);
+  if (landmarks) return std::nullopt;
+  return Index{nullptr, 0, 0, grid_of(tokens, grid, counts)};
+}
 
 // Sizes, options and masks of a call, and its passes.
 struct Call {
@@ -32,7 +42,7 @@ struct Call {
        bool global_init)
       : plan{given.query_landmarks, given.key_landmarks, given.query_index, given.key_index,
              contiguous(given.key_padding_mask), contiguous(given.query_absent), contiguous(given.key_absent),
-             contiguous(given.exact)},
+             contiguous(given.exact), given.query_grid, given.key_grid, given.landmark_grid},
         type(dtype(query, "query")), batch(query.size(0)), heads(query.size(1)), queries(query.size(2)),
         keys(value.size(2)), landmarks(landmarks), dim(query.size(3)), value_dim(value.size(3)), scale(scale),
         iterations(iterations), global_init(global_init) {}
@@ -94,7 +104,8 @@ Tensor inverse_of(const Call& call, const Tensor& core) {
 }
 
 // The landmarks as they are given, or the tokens' means, which are only made room for without `pool`.
-Tensor means_of(const Tensor& tokens, const OptionalTensor& given, const OptionalTensor& index, int64_t landmarks, bool pool) {
+Tensor means_of(const Tensor& tokens, const OptionalTensor& given, const std::optional<Index>& index, int64_t landmarks,
+                bool pool) {
   if (!given && pool) return index_means(tokens, *index, landmarks, std::nullopt);
   Tensor means = empty(tokens, {tokens.size(0), tokens.size(1), landmarks, tokens.size(3)}, ScalarType::Float);
   if (given) torch::stable::copy_(means, *given);
@@ -105,12 +116,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& query_landmarks,
     const OptionalTensor& key_landmarks, const OptionalTensor& query_index, const OptionalTensor& key_index,
     const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
-    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, int64_t num_landmarks, double scale,
-    int64_t pinv_iterations, bool global_init) {
+    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const Sizes& query_grid,
+    const Sizes& key_grid, const Sizes& landmark_grid, int64_t num_landmarks, double scale, int64_t pinv_iterations,
+    bool global_init) {
   const Call call(query, value,
                   {query_landmarks, key_landmarks, query_index, key_index, key_padding_mask, query_landmark_mask,
-                   key_landmark_mask, exact_rows},
+                   key_landmark_mask, exact_rows, query_grid, key_grid, landmark_grid},
                   num_landmarks, scale, pinv_iterations, global_init);
+  const std::optional<Index> of_queries = index_of_side(query, query_landmarks, query_index, query_grid, landmark_grid);
+  const std::optional<Index> of_keys = index_of_side(key, key_landmarks, key_index, key_grid, landmark_grid);
   const int64_t batch = call.batch, heads = call.heads, dim = call.value_dim;
   const Tensor output = empty(query, {batch, heads, call.queries, dim}, query.scalar_type());
   const Tensor context = empty(query, {batch, heads, num_landmarks, dim}, ScalarType::Float);
@@ -118,12 +132,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor logsumexp = empty(query, {batch, heads, num_landmarks}, ScalarType::Float);
   const bool single = takes_single_launch(call.type, call.queries, call.keys, num_landmarks,
                                           std::max(call.dim, call.value_dim), global_init);
-  const Tensor query_means = means_of(query, query_landmarks, query_index, num_landmarks, !single);
-  const Tensor key_means = means_of(key, key_landmarks, key_index, num_landmarks, !single);
+  const Tensor query_means = means_of(query, query_landmarks, of_queries, num_landmarks, !single);
+  const Tensor key_means = means_of(key, key_landmarks, of_keys, num_landmarks, !single);
   if (call.rows() > 0 && single)
     launch_single({query, key, value, output, query_means, key_means, context, mixed, logsumexp,
-                   query_landmarks ? std::nullopt : query_index, key_landmarks ? std::nullopt : key_index,
-                   call.plan.key_padding_mask, call.plan.query_absent, call.plan.key_absent, call.plan.exact, key_index,
+                   query_landmarks ? std::nullopt : of_queries, key_landmarks ? std::nullopt : of_keys,
+                   call.plan.key_padding_mask, call.plan.query_absent, call.plan.key_absent, call.plan.exact, of_keys,
                    scale, pinv_iterations});
   if (call.rows() == 0 || single) return {output, query_means, key_means, context, mixed, logsumexp};
 
@@ -143,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   launch_matmul(query, Transposed::none, call.matmul(floats(mixed), floats(inverse), num_landmarks, floats(context), dim,
                                                      num_landmarks, dim, num_landmarks));
   if (exact_rows) {  // every valid key is its own landmark there: O = F pool(V)
-    const Tensor pooled = index_means(value, *key_index, num_landmarks, std::nullopt);
+    const Tensor pooled = index_means(value, *of_keys, num_landmarks, std::nullopt);
     launch_convert(query, Dtype::float32, {floats(mixed), floats(pooled), bytes_of(call.plan.exact), nullptr,
                                            mixed.numel(), heads * num_landmarks * dim});
   }
@@ -168,6 +182,23 @@ struct Backward {
   const Tensor grad_key_means = torch::stable::empty_like(key_means);
   const Tensor grad_mixed = torch::stable::empty_like(mixed), grad_context = torch::stable::empty_like(context);
   const Tensor context_delta = torch::stable::empty_like(logsumexp);
+  const std::optional<Members> of_queries = members(query, call.plan.query_landmarks, call.plan.query_index, call.plan.query_grid);
+  const std::optional<Members> of_keys = keys_like_queries() ? of_queries
+                                       : members(key, call.plan.key_landmarks, call.plan.key_index, call.plan.key_grid);
+
+  // From memory: a grid is worked out once, not in the two passes whose registers are taken.
+  std::optional<Members> members(const Tensor& tokens, const OptionalTensor& landmarks, const OptionalTensor& index,
+                                 const Sizes& grid) const {
+    if (call.rows() == 0) return std::nullopt;
+    if (index) return members_of(*index, call.landmarks);
+    if (landmarks) return std::nullopt;
+    return members_of(tokens, grid_of(tokens, grid, call.plan.landmark_grid), call.landmarks);
+  }
+  bool keys_like_queries() const {
+    const Plan& plan = call.plan;
+    const bool grids = !plan.query_landmarks && !plan.key_landmarks && !plan.query_index && !plan.key_index;
+    return grids && plan.query_grid == plan.key_grid;
+  }
 
   // Of F: queries as rows, landmarks as others.
   AttendGradient through_f() const {
@@ -218,19 +249,17 @@ struct Backward {
     launch_matmul(query, Transposed::left, product);
   }
 
-  Spread spread(const Tensor& grad, int64_t channels, const OptionalTensor& index, const OptionalTensor& counts) const {
-    if (!index) return {};
-    const Index place = index_of(*index);
-    const bool per_batch = index->size(0) > 1, per_head = index->size(1) > 1;
+  Spread spread(const Tensor& grad, int64_t channels, const std::optional<Members>& members) const {
+    if (!members) return {};
+    const Index place = index_of(members->index);
+    const bool per_batch = members->index.size(0) > 1, per_head = members->index.size(1) > 1;
     const int64_t m = call.landmarks;
-    return {floats(grad), m * channels, place.data, place.batch, place.head, floats(*counts),
-            per_batch ? index->size(1) * m : 0, per_head ? m : 0, nullptr};
+    return {floats(grad), m * channels, place.data, place.batch, place.head, floats(members->counts),
+            per_batch ? members->index.size(1) * m : 0, per_head ? m : 0, nullptr};
   }
 
   // dK and dV; and dQ~ complete.
   void keys(const Tensor& grad_key, const Tensor& grad_value) const {
-    const OptionalTensor& index = call.plan.key_index;
-    const OptionalTensor counts = index ? OptionalTensor(index_counts(*index, call.landmarks)) : std::nullopt;
     const Tensor narrow_context = call.narrow(query, grad_context, call.value_dim);
     AttendGradient pass{};
     pass.first = operand_of(key), pass.second = operand_of(value);
@@ -243,9 +272,9 @@ struct Backward {
     pass.lift = static_cast<float>(lift);
     AttendGradient to_landmarks = pass;
     pass.grad_first = operand_of(grad_key), pass.grad_second = operand_of(grad_value);
-    pass.spread_first = spread(grad_key_means, call.dim, index, counts);
+    pass.spread_first = spread(grad_key_means, call.dim, of_keys);
     if (call.plan.exact) {
-      pass.spread_second = spread(grad_mixed, call.value_dim, index, counts);
+      pass.spread_second = spread(grad_mixed, call.value_dim, of_keys);
       pass.spread_second.only = bytes_of(call.plan.exact);
     }
     launch_attend_gradient(query, call.type, false, GradientOf::key_value,
@@ -261,11 +290,9 @@ struct Backward {
   }
 
   void queries(const Tensor& grad_query) const {
-    const OptionalTensor& index = call.plan.query_index;
-    const OptionalTensor counts = index ? OptionalTensor(index_counts(*index, call.landmarks)) : std::nullopt;
     AttendGradient pass = through_f();
     pass.grad_first = operand_of(grad_query);
-    pass.spread_first = spread(grad_query_means, call.dim, index, counts);
+    pass.spread_first = spread(grad_query_means, call.dim, of_queries);
     launch_attend_gradient(query, call.type, false, GradientOf::query, call.of_queries(), pass);
   }
 };
@@ -275,8 +302,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& key_means, const Tensor& context, const Tensor& mixed, const Tensor& logsumexp,
     const OptionalTensor& query_landmarks, const OptionalTensor& key_landmarks, const OptionalTensor& query_index,
     const OptionalTensor& key_index, const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
-    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, int64_t num_landmarks, double scale,
-    int64_t pinv_iterations, bool global_init) {
+    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const Sizes& query_grid,
+    const Sizes& key_grid, const Sizes& landmark_grid, int64_t num_landmarks, double scale, int64_t pinv_iterations,
+    bool global_init) {
   auto like = [](const Tensor& x) { return empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()); };
   const Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
   auto none = [&] { return empty(query, {0}, ScalarType::Float); };  // one each: outputs of an op must not alias
@@ -284,7 +312,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Backward pass{
       Call(query, value,
            {query_landmarks, key_landmarks, query_index, key_index, key_padding_mask, query_landmark_mask,
-            key_landmark_mask, exact_rows},
+            key_landmark_mask, exact_rows, query_grid, key_grid, landmark_grid},
            num_landmarks, scale, pinv_iterations, global_init),
       grad_output, query, key, value, query_means, key_means, context, mixed, logsumexp};
   if (pass.call.rows() > 0) {
@@ -306,15 +334,15 @@ std::tuple<Tensor, Tensor> cluster(
   if (batch * heads == 0 || iterations == 0) {
     Tensor copy = assigned;
     torch::stable::copy_(copy, index);
-    return {index_means(tokens, index, num_landmarks, std::nullopt), copy};
+    return {index_means(tokens, index_of(index), num_landmarks, std::nullopt), copy};
   }
-  Tensor landmarks = index_means(tokens, index, num_landmarks, std::nullopt);
+  Tensor landmarks = index_means(tokens, index_of(index), num_landmarks, std::nullopt);
   for (int64_t step = 0; step < iterations; ++step) {
     launch_assign(tokens, dtype(tokens, "tokens"),
                   {operand_of(tokens), index_of(index), floats(landmarks), bytes_of(absent), bytes_of(frozen),
                    static_cast<int32_t*>(assigned.mutable_data_ptr()), static_cast<int>(heads), static_cast<int>(count),
                    static_cast<int>(num_landmarks), static_cast<int>(dim)});
-    landmarks = index_means(tokens, assigned, num_landmarks, landmarks);
+    landmarks = index_means(tokens, index_of(assigned), num_landmarks, landmarks);
   }
   return {landmarks, assigned};
 }

@@ -65,13 +65,13 @@ struct Room {
   }
 };
 
-Pooled pooled(const Tensor& tokens, const std::optional<Tensor>& index, float* means, int64_t landmarks, Room& room) {
+Pooled pooled(const Tensor& tokens, const std::optional<Index>& index, float* means, int64_t landmarks, Room& room) {
   const int64_t rows = tokens.size(0) * tokens.size(1), dim = tokens.size(3);
   Pooled side{};
   side.tokens = tokens_of(tokens), side.means = means;
   side.num_tokens = static_cast<int>(tokens.size(2)), side.dim = static_cast<int>(dim);
   if (!index) return side;
-  side.index = index_of(*index);
+  side.index = *index;
   side.splits = tokens.size(2) > kSingleTokens / 2 ? 2 * kPoolSplits : kPoolSplits;
   side.sums = room.take(rows * side.splits * landmarks * padded(dim));
   side.counts = room.take(rows * side.splits * landmarks);

@@ -10,9 +10,9 @@ namespace nystromgan {
 // given for them, and lie in `query_means` and `key_means` otherwise.
 struct SingleCall {
   const Tensor &query, &key, &value, &output, &query_means, &key_means, &context, &mixed, &logsumexp;
-  std::optional<Tensor> query_index, key_index;
+  std::optional<Index> query_index, key_index;
   const std::optional<Tensor> &key_padding_mask, &query_absent, &key_absent, &exact;
-  const std::optional<Tensor>& value_index;  // of the exact rows' keys
+  const std::optional<Index>& value_index;  // of the exact rows' keys
   double scale;
   int64_t iterations;
 };

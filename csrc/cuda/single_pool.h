@@ -108,7 +108,6 @@ DEVICE void pool_unit(const Pooled& p, int heads, int landmarks, int64_t unit) {
   const int each = ceil_div(p.num_tokens, p.splits), first = static_cast<int>(part % p.splits) * each;
   const int end = minimum(first + each, p.num_tokens), steps = end > first ? ceil_div(end - first, kPoolTokens<T>) : 0;
   const Head<T> tokens = head_of<T>(p.tokens, batch, head, end, p.dim, first_channel);
-  const int32_t* index = p.index.data + batch * p.index.batch + head * p.index.head;
   T* s = reinterpret_cast<T*>(shared_memory());
   int* s_index = reinterpret_cast<int*>(s + kPoolStages * PoolTile<T>::elements(kPoolChannels));
   auto tile = [&](int step) {
@@ -117,7 +116,7 @@ DEVICE void pool_unit(const Pooled& p, int heads, int landmarks, int64_t unit) {
   };
   auto landmark_at = [&](int step) {
     const int token = first + step * kPoolTokens<T> + thread_index();
-    return thread_index() < kPoolTokens<T> && token < end ? index[token] : -1;
+    return thread_index() < kPoolTokens<T> && token < end ? landmark_of(p.index, batch, head, token) : -1;
   };
   PoolSums own;
   UNROLL

@@ -5,6 +5,7 @@ The library takes the place of the CPU's, so the tests run in a process of their
 
 import ctypes
 import functools
+import math
 import os
 import pathlib
 import platform
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from nystromgan import _env, _native, iterative_pinv, nystrom_attention, power_iteration, spatiotemporal_attention
 from nystromgan.ops.nystrom_attention import library
+from nystromgan.ops.nystrom_attention.landmarks import grid_index
 from nystromgan.ops.power_iteration import spectral_normalize
 from nystromgan.ops.spatiotemporal_attention import reference as maps_reference
 from nystromgan.testing import (
@@ -357,6 +359,22 @@ else:
             mask = padding_mask([40, 3, 0], 60, scattered=True)
             options = {"num_landmarks": 6, "grid": (5, 12), "key_padding_mask": mask, "pinv_iterations": 2}
             assert_matches_reference(nystrom_attention, attention_inputs(3, queries=60), BACKEND, **options)
+
+        @pytest.mark.parametrize(("grid", "counts"), [((61,), (7,)), ((5, 13), (2, 4)), ((3, 5, 7), (3, 2, 2))])
+        def test_blocks_of_a_grid_have_the_bits_of_its_index(
+            self, grid: tuple[int, ...], counts: tuple[int, ...]
+        ) -> None:
+            inputs = attention_inputs(queries=math.prod(grid))
+            index = grid_index(grid, counts, torch.device("cpu"))
+            results = []
+            for indices in ((index, index), (None, index), (None, None)):
+                leaves = [x.detach().requires_grad_() for x in inputs.values()]
+                options = (None, None, *indices, *(None,) * 4, grid, grid, counts, math.prod(counts), 0.3, 1, False)
+                output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *options, BACKEND)
+                results.append([output, *saved, *torch.autograd.grad(output.square().sum(), leaves)])
+            for told, partly, alone in zip(*results, strict=True):
+                assert torch.equal(told, partly)
+                assert torch.equal(told, alone)
 
         def test_a_row_has_the_same_bits_alone(self) -> None:
             inputs = attention_inputs(3, dtype=torch.bfloat16)

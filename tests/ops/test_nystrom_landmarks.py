@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nystromgan import nystrom_attention
-from nystromgan.ops.nystrom_attention.landmarks import grid_index, grid_index_in_op, landmark_grid, near_cubic_counts
+from nystromgan.ops.nystrom_attention.landmarks import grid_index, landmark_grid, near_cubic_counts
 from nystromgan.testing import assert_same, attention_inputs, backends_of, device_of, normal, relative_error
 from nystromgan.zoo.data import hela
 
@@ -69,12 +69,6 @@ class TestIndex:
         index = grid_index((3, 4), (2, 2), torch.device("cpu")).reshape(3, 4)
         assert index.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]]
 
-    @pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("meta", False)])
-    def test_only_the_cpu_keeps_one(self, device: str, kept: bool) -> None:
-        """On a GPU it would be the memory of the CUDA graph or the stream that asked first."""
-        first, second = (grid_index_in_op((6,), (2,), torch.device(device)) for _ in range(2))
-        assert (first is second) is kept
-
 
 @on_every_backend
 class TestPooled:
@@ -86,6 +80,25 @@ class TestPooled:
         pooled = nystrom_attention(**inputs, num_landmarks=counts, grid=grid, backend=backend)
         landmarks = {f"{name}_landmarks": block_means(inputs[name], grid, counts) for name in ("query", "key")}
         assert relative_error(pooled, nystrom_attention(**inputs, **landmarks, backend=backend)) < 1e-5
+
+    @pytest.mark.parametrize(("grid", "counts"), [((67,), (8,)), ((5, 13), (2, 4)), ((3, 5, 7), (3, 2, 2))])
+    @pytest.mark.parametrize("laid_out", [(True, True), (False, True), (True, False)])
+    def test_an_op_works_out_the_blocks_or_is_told_them(
+        self, backend: str, grid: tuple[int, ...], counts: tuple[int, ...], laid_out: tuple[bool, bool]
+    ) -> None:
+        if backend == "reference":
+            pytest.skip("the definition is not behind the op")
+        device = device_of(backend)
+        inputs = attention_inputs(queries=math.prod(grid), device=device)
+        index = grid_index(grid, counts, torch.device(device))
+        results = []
+        for indices in ((index, index), tuple(None if alone else index for alone in laid_out)):
+            leaves = [x.detach().requires_grad_() for x in inputs.values()]
+            options = (None, None, *indices, *(None,) * 4, grid, grid, counts, math.prod(counts), 0.3, 2, False)
+            output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *options, backend)
+            results.append([output, *saved, *torch.autograd.grad(output.square().sum(), leaves)])
+        for value, expected in zip(*results, strict=True):
+            assert relative_error(value, expected) < 2e-6
 
     def test_grids_of_queries_and_of_keys(self, backend: str) -> None:
         inputs = attention_inputs(queries=6 * 7, keys=4 * 9, device=device_of(backend))

@@ -57,12 +57,11 @@ def compile_case(architecture: int, case: Case) -> list[Any]:
     value = torch.empty(1, 2, tokens, value_dim, dtype=dtype, device="meta")
     index = grid_index((tokens,), (landmarks,), torch.device("meta"))
     plan: tuple = (None,) * 8
-    layout: tuple | None = ((tokens,), (tokens,), (landmarks,))
     if masked:
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta")
         index, absent, exact = masked_landmarks(mask, (tokens,), (landmarks,))
-        plan, layout = (None, None, index, index, mask, absent, absent, exact), None
-    options = (landmarks, 0.125, 6, False, layout)
+        plan = (None, None, index, index, mask, absent, absent, exact)
+    options = ((tokens,), (tokens,), (landmarks,), landmarks, 0.125, 6, False)
     with compiled_for(architecture) as compiled:
         output, *saved = kernels.nystrom_attention(query, key, value, *plan, *options)
         kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *options)

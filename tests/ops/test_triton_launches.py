@@ -42,6 +42,7 @@ def attention(
     """The launches of a forward and of a backward."""
     query, key, value = (torch.empty(2, 2, tokens, head_dim, dtype=dtype, device="meta") for _ in range(3))
     plan: tuple = (None,) * 8
+    grids: tuple = ((tokens,), (tokens,), (landmarks,))
     if masked:
         mask = torch.empty(2, tokens, dtype=torch.bool, device="meta")
         index, absent, exact = masked_landmarks(mask, (tokens,), (landmarks,))
@@ -49,7 +50,7 @@ def attention(
     elif not layout:
         index = grid_index((tokens,), (landmarks,), torch.device("meta"))
         plan = (None, None, index, index, *plan[4:])
-    options = (landmarks, 0.125, 6, False, ((tokens,), (tokens,), (landmarks,)) if layout and not masked else None)
+    options = (*grids, landmarks, 0.125, 6, False)
     with recorded(monkeypatch) as forward:
         output, *saved = kernels.nystrom_attention(query, key, value, *plan, *options)
     with recorded(monkeypatch) as backward:
@@ -100,7 +101,7 @@ def test_tiles_that_span_more_than_32_bits_count_are_wide(monkeypatch: pytest.Mo
     far = torch.empty(1, device="meta").as_strided((1, 1, 90, 64), (0, 0, 1, 2**26))
     near = torch.empty(1, 1, 90, 64, device="meta")
     with recorded(monkeypatch) as launches:
-        kernels.nystrom_attention(near, far, near, *(None,) * 8, 8, 0.125, 1, False, ((90,), (90,), (8,)))
+        kernels.nystrom_attention(near, far, near, *(None,) * 8, (90,), (90,), (8,), 8, 0.125, 1, False)
     options = dict(launches)
     assert options["block_mean_kernel"]["ACCESS"] == options["landmark_kernel"]["KEY_ACCESS"] == (1, True)
     assert options["landmark_kernel"]["VALUE_ACCESS"] == options["output_kernel"]["QUERY_ACCESS"] == (4, False)

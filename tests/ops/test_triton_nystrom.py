@@ -192,12 +192,10 @@ else:
             inputs = attention_inputs(1, 2, 60, head_dim=8, device=DEVICE)
             index, number = grid_index(grid, counts, torch.device(DEVICE)), math.prod(counts)
             results = []
-            for indices, layout in (((index, index), None), ((None, None), (grid, grid, counts))):
-                plan = (None, None, *indices, None, None, None, None)
-                output, *saved = kernels.nystrom_attention(*inputs.values(), *plan, number, 0.3, 1, False, layout)
-                grads = kernels.nystrom_attention_backward(
-                    output, *inputs.values(), *saved, *plan, number, 0.3, 1, False, layout
-                )
+            for indices in ((index, index), (None, None)):
+                options = (None, None, *indices, *(None,) * 4, grid, grid, counts, number, 0.3, 1, False)
+                output, *saved = kernels.nystrom_attention(*inputs.values(), *options)
+                grads = kernels.nystrom_attention_backward(output, *inputs.values(), *saved, *options)
                 results.append([output, *saved, *grads])
             for value, expected in zip(*results, strict=True):
                 assert relative_error(value, expected) < 2e-6

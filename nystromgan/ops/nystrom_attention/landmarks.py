@@ -15,9 +15,9 @@ from nystromgan import _check, _library
 class Layout(NamedTuple):
     """Block means over a grid of tokens; a plain sequence is a grid of one axis."""
 
-    query_grid: tuple[int, ...]
-    key_grid: tuple[int, ...]
-    landmark_grid: tuple[int, ...]  # blocks along each axis
+    query_grid: Sequence[int]
+    key_grid: Sequence[int]
+    landmark_grid: Sequence[int]  # blocks along each axis
 
 
 class Plan(NamedTuple):
@@ -101,17 +101,13 @@ def segment_of(position: Tensor, short: int | Tensor, longer: int | Tensor) -> T
     return torch.where(position < longer * (short + 1), position // (short + 1), (position - longer) // short)
 
 
-def grid_index_in_op(grid: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
-    """`grid_index` for the inside of an op, which nothing traces and whose callers do not write to it: kept on the CPU.
-
-    What a GPU kept would belong to the CUDA graph or the stream that asked first: others would read it unfilled.
-    """
-    return _cpu_grid_index(grid, counts) if device.type == "cpu" else grid_index(grid, counts, device)
-
-
-@functools.lru_cache(maxsize=16)
-def _cpu_grid_index(grid: tuple[int, ...], counts: tuple[int, ...]) -> Tensor:
-    return grid_index(grid, counts, torch.device("cpu"))
+def indexed(plan: Plan, layout: Layout, device: torch.device) -> Plan:
+    """The plan with the layout's index on a side that has neither landmarks nor index."""
+    if plan.query_landmarks is None and plan.query_index is None:
+        plan = plan._replace(query_index=grid_index(layout.query_grid, layout.landmark_grid, device))
+    if plan.key_landmarks is None and plan.key_index is None:
+        plan = plan._replace(key_index=grid_index(layout.key_grid, layout.landmark_grid, device))
+    return plan
 
 
 def masked_segments(padding_mask: Tensor, num_landmarks: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The torch.library ops under `nystrom_attention` and `cluster_landmarks`: schemas, fake kernels, derivatives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nystromgan import _library
 from nystromgan.ops.nystrom_attention import reference
-from nystromgan.ops.nystrom_attention.landmarks import Plan, grid_index, grid_index_in_op
+from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan, indexed
 
 OP = "nystrom_attention"
 
@@ -19,7 +19,6 @@ PLAN = (
 )
 LAYOUT = "SymInt[] query_grid, SymInt[] key_grid, SymInt[] landmark_grid"
 OPTIONS = "SymInt num_landmarks, float scale, int pinv_iterations, bool global_init"
-NATIVE_OPTIONS = "int num_landmarks, float scale, int pinv_iterations, bool global_init"
 # What the backward needs beside the inputs, float32: landmarks (B, H, M, D), G V and Z (G V) (B, H, M, E), and the
 # logarithm of G's row sums (B, H, M).
 SAVED = "Tensor query_means, Tensor key_means, Tensor context, Tensor mixed, Tensor logsumexp"
@@ -27,52 +26,31 @@ FORWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 BACKWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 NUM_PLAN = len(Plan._fields)
+MOST_AXES = 3  # of a grid whose blocks the backends work out
 Outputs = tuple[Tensor, ...]
+Grids = Sequence[list[int]]
 
 
-def _resolved(
-    plan: Plan,
-    query_grid: list[int],
-    key_grid: list[int],
-    landmark_grid: list[int],
-    *,
-    device: torch.device,
-    index: Callable[..., Tensor] = grid_index_in_op,
-) -> Plan:
-    """The plan with the layout's index on a side that has neither landmarks nor index."""
-    counts = tuple(landmark_grid)
-    if plan.query_landmarks is None and plan.query_index is None:
-        plan = plan._replace(query_index=index(tuple(query_grid), counts, device))
-    if plan.key_landmarks is None and plan.key_index is None:
-        plan = plan._replace(key_index=index(tuple(key_grid), counts, device))
-    return plan
-
-
-def _placed(
-    backend: str, plan: Plan, grids: list[list[int]], device: torch.device
-) -> tuple[Plan, dict[str, list[list[int]]]]:
-    """The plan as `backend` takes it: triton works out blocks of up to three axes itself, the others go by an index."""
-    pooled = plan.query_landmarks is None and plan.query_index is None and plan.key_index is None
-    if backend == "triton" and pooled and len(grids[0]) <= 3:
-        return plan, {"layout": grids}
-    return _resolved(plan, *grids, device=device), {}
+def _run(
+    backend: str, name: str, tensors: Sequence[Tensor], plan: Plan, grids: Grids, options: Sequence[Any]
+) -> Outputs:
+    """Calls `name` on `backend`; they work out blocks of up to three axes, grids of more go by an index."""
+    if len(grids[0]) > MOST_AXES:
+        plan, grids = indexed(plan, Layout(*grids), tensors[0].device), ([], [], [])
+    return _library.kernel(OP, name, backend)(*tensors, *plan, *grids, *options)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     *options, backend = rest
-    plan, grids = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3]
-    plan, layout = _placed(backend, plan, grids, query.device)
-    run = _library.kernel(OP, OP, backend)
-    return run(query, key, value, *plan, *options[NUM_PLAN + 3 :], **layout)
+    plan, grids, options = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3], options[NUM_PLAN + 3 :]
+    return _run(backend, OP, (query, key, value), plan, grids, options)
 
 
 def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
     *options, backend = rest
     saved, options = options[:5], options[5:]
-    plan, grids = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3]
-    plan, layout = _placed(backend, plan, grids, query.device)
-    run = _library.kernel(OP, f"{OP}_backward", backend)
-    return run(grad_output, query, key, value, *saved, *plan, *options[NUM_PLAN + 3 :], **layout)
+    plan, grids, options = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3], options[NUM_PLAN + 3 :]
+    return _run(backend, f"{OP}_backward", (grad_output, query, key, value, *saved), plan, grids, options)
 
 
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
@@ -114,10 +92,10 @@ _library.define(
     _backward,
     _fake_backward,
 )
-_library.define_native(f"nystrom_attention_native({TENSORS}, {PLAN}, {NATIVE_OPTIONS}) -> {FORWARD_RETURNS}")
+NATIVE = f"{PLAN}, {LAYOUT}, {OPTIONS}".replace("SymInt", "int")
+_library.define_native(f"nystrom_attention_native({TENSORS}, {NATIVE}) -> {FORWARD_RETURNS}")
 _library.define_native(
-    f"nystrom_attention_backward_native(Tensor grad_output, {TENSORS}, {SAVED}, {PLAN}, {NATIVE_OPTIONS})"
-    f" -> {BACKWARD_RETURNS}"
+    f"nystrom_attention_backward_native(Tensor grad_output, {TENSORS}, {SAVED}, {NATIVE}) -> {BACKWARD_RETURNS}"
 )
 
 
@@ -166,8 +144,7 @@ def _save_backward(ctx, inputs, output):
 def _differentiate_backward(ctx, *grad_grads):
     grad_output, query, key, value, *fields = ctx.saved_tensors
     query_grid, key_grid, landmark_grid, count, scale, iterations, global_init, _ = ctx.options
-    # Made afresh: this is traced, where a kept tensor has no place.
-    plan = _resolved(Plan(*fields), query_grid, key_grid, landmark_grid, device=query.device, index=grid_index)
+    plan = indexed(Plan(*fields), Layout(query_grid, key_grid, landmark_grid), query.device)
     given = [_is_given(plan, "query"), _is_given(plan, "key")]
 
     def definition(query, key, value, query_landmarks, key_landmarks):

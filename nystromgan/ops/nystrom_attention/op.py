@@ -12,7 +12,7 @@ from nystromgan.ops.nystrom_attention import library, reference
 from nystromgan.ops.nystrom_attention.landmarks import (
     Layout,
     Plan,
-    grid_index,
+    indexed,
     landmark_grid,
     masked_landmarks,
 )
@@ -236,19 +236,9 @@ def _pooled_plan(query_mask: Tensor | None, key_mask: Tensor | None, layout: Lay
     )
 
 
-def _indexed(plan: Plan, layout: Layout, device: torch.device) -> Plan:
-    """The plan with an index wherever the layout alone gave it."""
-    query_index, key_index = plan.query_index, plan.key_index
-    if query_index is None:
-        query_index = grid_index(layout.query_grid, layout.landmark_grid, device)
-    if key_index is None:
-        key_index = grid_index(layout.key_grid, layout.landmark_grid, device)
-    return plan._replace(query_index=query_index, key_index=key_index)
-
-
 def _clustered_plan(query: Tensor, key: Tensor, plan: Plan, layout: Layout, iterations: int, backend: str) -> Plan:
     """The plan after Lloyd steps on queries and on keys; nothing here is differentiated."""
-    plan = _indexed(plan, layout, query.device)
+    plan = indexed(plan, layout, query.device)
     assert plan.query_index is not None
     assert plan.key_index is not None
     count = math.prod(layout.landmark_grid)
@@ -283,7 +273,7 @@ def _attend(
     else:
         count, grids = math.prod(layout.landmark_grid), layout
     if backend == "reference":
-        plan = plan if layout is None else _indexed(plan, layout, query.device)
+        plan = plan if layout is None else indexed(plan, layout, query.device)
         return reference.nystrom_attention(query, key, value, plan, count, scale, pinv_iterations, global_init)
     options = (*plan, *grids, count, scale, pinv_iterations, global_init, backend)
     return torch.ops.nystromgan.nystrom_attention(query, key, value, *options)[0]

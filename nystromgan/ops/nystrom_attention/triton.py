@@ -1,5 +1,6 @@
 """`nystrom_attention` in Triton: what each pass is launched with. The kernels are in the files beside this one."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,9 @@ from nystromgan.ops.iterative_pinv import tuning as pinv_tuning
 from nystromgan.ops.nystrom_attention import triton_backward as backward
 from nystromgan.ops.nystrom_attention import triton_forward as forward
 from nystromgan.ops.nystrom_attention import tuning
-from nystromgan.ops.nystrom_attention.landmarks import Plan
+from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan, indexed
 from nystromgan.ops.nystrom_attention.triton_cluster import cluster_landmarks
 from nystromgan.ops.nystrom_attention.triton_pool import (
-    Grids,
     access,
     block_means,
     index_counts,
@@ -104,7 +104,13 @@ def _both_masks(plan: Plan) -> Plan:
     )
 
 
-def _means(query: Tensor, key: Tensor, plan: Plan, layout: Grids | None, num_landmarks: int) -> tuple[Tensor, Tensor]:
+def _laid_out(plan: Plan, layout: Layout, device: torch.device) -> tuple[Plan, Layout | None]:
+    """The layout where both sides' landmarks are its means; otherwise none, and an index for the side that it gives."""
+    given = (plan.query_landmarks, plan.key_landmarks, plan.query_index, plan.key_index)
+    return (plan, layout) if all(x is None for x in given) else (indexed(plan, layout, device), None)
+
+
+def _means(query: Tensor, key: Tensor, plan: Plan, layout: Layout | None, num_landmarks: int) -> tuple[Tensor, Tensor]:
     """The landmarks (B, H, M, D) float32: as given, or the means over the layout or the index."""
     if layout is not None:
         return block_means(query, key, layout, num_landmarks)
@@ -133,28 +139,27 @@ def nystrom_attention(
     query_landmark_mask: Tensor | None,
     key_landmark_mask: Tensor | None,
     exact_rows: Tensor | None,
+    query_grid: Sequence[int],
+    key_grid: Sequence[int],
+    landmark_grid: Sequence[int],
     num_landmarks: int,
     scale: float,
     pinv_iterations: int,
     global_init: bool,
-    layout: Grids | None = None,
 ) -> Outputs:
-    """(output, query_means, key_means, context, mixed, logsumexp); see the schema of the native op.
-
-    layout: (query_grid, key_grid, landmark_grid) of at most three axes, where both sides' landmarks are its means.
-    """
+    """(output, query_means, key_means, context, mixed, logsumexp); see the schema of the native op."""
     plan = Plan(
         query_landmarks, key_landmarks, query_index, key_index, key_padding_mask,
         query_landmark_mask, key_landmark_mask, exact_rows,
     )  # fmt: skip
-    plan = _both_masks(plan)
+    plan, layout = _laid_out(_both_masks(plan), Layout(query_grid, key_grid, landmark_grid), query.device)
     sizes = Sizes.of(query, value, num_landmarks)
     with _triton.launch_on(query):
         query_means, key_means = _means(query, key, plan, layout, num_landmarks)
         exact_mixed = None
         if exact_rows is not None:
-            assert key_index is not None
-            exact_mixed = index_means(value, key_index, num_landmarks)
+            assert plan.key_index is not None
+            exact_mixed = index_means(value, plan.key_index, num_landmarks)
         context, mixed, logsumexp = _landmark_values(
             sizes, key, value, query_means, key_means, plan, exact_mixed, scale, pinv_iterations, global_init
         )
@@ -253,7 +258,7 @@ class Members(NamedTuple):
     arguments: tuple
 
 
-def _members(index: Tensor | None, grid: tuple[int, ...], counts: tuple[int, ...], num_landmarks: int) -> Members:
+def _members(index: Tensor | None, grid: Sequence[int], counts: Sequence[int], num_landmarks: int) -> Members:
     """The tokens of an index or of a grid's blocks; of neither where the caller gave the landmarks."""
     if index is not None:
         sizes = index_counts(index, num_landmarks)
@@ -281,27 +286,29 @@ def nystrom_attention_backward(
     query_landmark_mask: Tensor | None,
     key_landmark_mask: Tensor | None,
     exact_rows: Tensor | None,
+    query_grid: Sequence[int],
+    key_grid: Sequence[int],
+    landmark_grid: Sequence[int],
     num_landmarks: int,
     scale: float,
     pinv_iterations: int,
     global_init: bool,
-    layout: Grids | None = None,
 ) -> Outputs:
     """Gradients of query, key, value, and of the landmarks where the caller gave them; the others are empty."""
     plan = Plan(
         query_landmarks, key_landmarks, query_index, key_index, key_padding_mask,
         query_landmark_mask, key_landmark_mask, exact_rows,
     )  # fmt: skip
-    plan = _both_masks(plan)
+    plan, layout = _laid_out(_both_masks(plan), Layout(query_grid, key_grid, landmark_grid), query.device)
     sizes = Sizes.of(query, value, num_landmarks)
     pass_ = Backward(
         sizes, grad_output, query, key, value, query_means, key_means, context, mixed, logsumexp, plan,
         scale, pinv_iterations, global_init,
     )  # fmt: skip
     with _triton.launch_on(query):
-        query_grid, key_grid, counts = ((), (), ()) if layout is None else map(tuple, layout)
-        query_members = _members(query_index, query_grid, counts, num_landmarks)
-        key_members = _members(key_index, key_grid, counts, num_landmarks)
+        grids = layout or Layout((), (), ())
+        query_members = _members(plan.query_index, grids.query_grid, grids.landmark_grid, num_landmarks)
+        key_members = _members(plan.key_index, grids.key_grid, grids.landmark_grid, num_landmarks)
         stats = pass_.query_stats()
         sums, core, iterates = pass_.query_sums(stats)
         grad_context, delta, grad_query_means = pass_.core(sums, core, iterates)

@@ -14,9 +14,8 @@ from torch import Tensor
 from nystromgan import _triton
 from nystromgan._triton import dot
 from nystromgan.ops.nystrom_attention import tuning
+from nystromgan.ops.nystrom_attention.landmarks import Layout
 from nystromgan.ops.nystrom_attention.triton_forward import head_of, load_tokens
-
-Grids = Sequence[Sequence[int]]  # of the queries, the keys and the landmarks
 
 
 @triton.jit
@@ -189,7 +188,7 @@ def three_axes(axes: Sequence[int]) -> tuple[int, ...]:
     return (1,) * (3 - len(axes)) + tuple(axes)
 
 
-def block_means(query: Tensor, key: Tensor, layout: Grids, num_landmarks: int) -> tuple[Tensor, Tensor]:
+def block_means(query: Tensor, key: Tensor, layout: Layout, num_landmarks: int) -> tuple[Tensor, Tensor]:
     """Means (B, H, M, D) float32 of queries and keys over the blocks of a layout of at most three axes."""
     batch, heads, _, dim = query.shape
     query_grid, key_grid, counts = map(three_axes, layout)
