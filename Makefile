@@ -64,11 +64,11 @@ bench-docs: $(READY)
 	$(PY) -m nystromgan report --docs docs
 
 # On a machine with a GPU: the project's targets, correctness against float64, the op tests, tuning and speed, into
-# bench/results or OUTPUT. STAGE names some of them, BUDGET_S the seconds of each. Where nothing can be installed,
-# `make gpu-check PY=python3 OFFLINE=1` takes the machine's own Python, torch, triton, numpy, einops and pytest.
+# bench/results or OUTPUT. STAGE names some of them, OP some ops, BUDGET_S the seconds of each stage. Where nothing can be
+# installed, `make gpu-check PY=python3 OFFLINE=1` takes the machine's own Python, torch, triton, numpy, einops and pytest.
 gpu-check: $(if $(OFFLINE),linked,$(READY))
 	$(if $(OFFLINE),PYTHONPATH=$(CURDIR)/$(LINKED) PYTHONSAFEPATH=1) $(PY) -m nystromgan.bench.gpu_check \
-	$(addprefix --stage ,$(STAGE)) $(if $(BUDGET_S),--budget-s $(BUDGET_S)) $(if $(OUTPUT),--output $(OUTPUT))
+	$(addprefix --stage ,$(STAGE)) $(addprefix --op ,$(OP)) $(if $(BUDGET_S),--budget-s $(BUDGET_S)) $(if $(OUTPUT),--output $(OUTPUT))
 
 clean:
 	rm -rf build dist out nystromgan/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -34,6 +34,7 @@ from nystromgan.bench import (
     gpu_targets,
     gpu_tests,
     gpu_tuning,
+    gpu_tuning_findings,
     machine,
 )
 from nystromgan.bench.case import BY, OURS
@@ -49,7 +50,7 @@ STAGES: dict[str, Callable[[Stage], Iterator[Row]]] = {
     "speed": gpu_stages.speed_rows,
 }
 # What tells one row of a file from another.
-IDENTITY = ("tests", "op", "backend", "check", "tool", "case", "mode", "form", "table", "column", "share")
+IDENTITY = ("tests", "op", "backend", "check", "tool", "case", "mode", "form", "table", "key", "column", "share")
 GRACE_S = 15  # after its budget, in which a stage may end by itself
 GOOD, WRONG, UNFINISHED = 0, 1, 2  # exit statuses
 
@@ -119,6 +120,12 @@ def _summary(name: str, stage: Stage, record: "Record") -> int:
     open_ends = sum("unfinished" in row for row in record.rows)
     if name == "speed":
         print("\n".join(gpu_stages.summary(record.rows)))
+    if name == "tuning":
+        tuned = gpu_tuning_findings.findings(
+            row for row in record.all_rows() if row["commit"] == record.where["commit"]
+        )
+        record.write(findings=[finding.record() for finding in tuned])
+        print("\n".join(gpu_tuning_findings.summary(tuned)))
     if name == "targets":
         found = gpu_targets.verdicts(record.rows, gpu_target_rows.chosen(stage), gpu_target_rows.lines(stage))
         record.write(verdicts=[verdict.record() for verdict in found])
@@ -160,12 +167,15 @@ class Record:
         print(f"{time.perf_counter() - self.start:5.0f} s  {_line(row)}", flush=True)
         self.write()
 
-    def write(self, **more: Any) -> None:
-        """Whole or not at all, whatever ends the process."""
+    def all_rows(self) -> list[Row]:
         new = {_identity(row) for row in self.rows}
         kept = [row for row in self.earlier if _identity(row) not in new and "unfinished" not in row]
+        return kept + self.rows
+
+    def write(self, **more: Any) -> None:
+        """Whole or not at all, whatever ends the process."""
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps({**self.where, **more, "rows": kept + self.rows}, indent=1) + "\n")
+        partial.write_text(json.dumps({**self.where, **more, "rows": self.all_rows()}, indent=1) + "\n")
         partial.replace(self.path)
 
 
