@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nystromgan.bench import machine, module_tables, sections, store, tables
 from nystromgan.bench.case import COMPILED, FULL, PASSES, TUNED
+from nystromgan.bench.gpu_targets import FAIL
 from nystromgan.bench.sections import Section, Table
 
 START, END = "<!-- bench: written by make bench-docs -->", "<!-- /bench -->"
@@ -219,7 +220,7 @@ def _cells(contents: Iterable[str]) -> str:
     cells = [f"<th>{html.escape(first)}</th>"]
     for content in rest:
         marks = ["n"] if _is_number(content) else []
-        marks += ["no"] if content == "no" else ["muted"] if "noisy" in content else []
+        marks += ["no"] if content in ("no", FAIL) else ["muted"] if "noisy" in content else []
         cells.append(f'<td class="{" ".join(marks)}">{html.escape(content)}</td>')
     return "".join(cells)
 

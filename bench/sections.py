@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from nystromgan.bench import store, tables, targets
+from nystromgan.bench import gpu_targets, store, tables, targets
 from nystromgan.bench.case import BOTH
 from nystromgan.bench.cases import cases
 from nystromgan.bench.landmarks import EXACT
@@ -30,8 +30,10 @@ def all_of(records: dict[str, store.Record]) -> list[Section]:
         parts.append(_crossovers(rows))
     if store.LANDMARKS in records:
         parts.append(_landmarks(records[store.LANDMARKS]["rows"]))
-    parts += [_targets(records), _ratios(rows)]
-    return [*parts, *([memory] if (memory := _memory(rows)) else []), _everything(rows)]
+    parts.append(_gpu_targets(records) if _of_gpu(records) else _targets(records))
+    if not rows:
+        return parts
+    return [*parts, _ratios(rows), *([memory] if (memory := _memory(rows)) else []), _everything(rows)]
 
 
 def tiles(records: dict[str, store.Record]) -> list[tuple[str, str]]:
@@ -123,6 +125,31 @@ def _targets(records: dict[str, store.Record]) -> Section:
     return Section("Targets", note, [*table, targets.spectral_line(records), targets.landmark_line(records)])
 
 
+def _of_gpu(records: dict[str, store.Record]) -> bool:
+    """Whether the results are of a GPU, on which other promises are made."""
+    machines = (record.get("machine", {}) for record in records.values())
+    return store.GPU_TARGETS in records or any(machine.get("device") == "cuda" for machine in machines)
+
+
+def _gpu_targets(records: dict[str, store.Record]) -> Section:
+    """The verdicts over the rows of gpu_check's targets stage; without its file, over those of the benchmark."""
+    rows = records[store.GPU_TARGETS]["rows"] if store.GPU_TARGETS in records else store.rows_of(records)
+    found = gpu_targets.verdicts(rows, cases("cuda"))
+    words = [verdict.word for verdict in found]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in gpu_targets.WORDS)
+    note = (
+        f"What the project promises on an H200: {counts}. Of several cases the one nearest to a miss is shown. A "
+        "GPU's time is of calls replayed in a CUDA graph, beside it that of plain calls; a ratio is the peer's time "
+        "over ours, what else compares is ours over the other's."
+    )
+    table = [["line", "needed", "measured", "plain call", "where", "verdict"]]
+    for verdict in found:
+        numbers = ["–" if value is None else tables.number(value) for value in (verdict.value, verdict.plain)]
+        line = verdict.line
+        table.append([line.words, f"{line.measure} {line.needed}", *numbers, verdict.place, verdict.word])
+    return Section("Targets", note, table)
+
+
 def _ratios(rows: list[tables.Row]) -> Section:
     note = (
         "Ratio: the peer's time over ours, the median of the rounds' ratios with its quartiles; noisy where those, "
@@ -192,6 +219,9 @@ def method(records: dict[str, store.Record]) -> list[str]:
     """What a reader needs to judge the numbers."""
     lines = []
     for op, record in records.items():
+        if op == store.GPU_TARGETS:
+            lines.append(_targets_method(record))
+            continue
         where, rates = record["machine"], record.get("rates")
         versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
         line = (
@@ -205,3 +235,10 @@ def method(records: dict[str, store.Record]) -> list[str]:
             )
         lines.append(line + ".")
     return lines
+
+
+def _targets_method(record: store.Record) -> str:
+    """Of the targets' file, whose rows may be of several commits."""
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in record["rows"] if row.get("commit")))
+    versions = ", ".join(f"{name} {record[name]}" for name in ("python", "torch", "triton", "cuda") if record.get(name))
+    return f"targets: {record['device']}, {versions}, commit {commits or 'unknown'}."

@@ -12,7 +12,8 @@ Record = dict[str, Any]
 RESULTS = pathlib.Path(__file__).parent / "results"
 LANDMARKS = "landmarks"  # accuracy over landmarks
 DISCRIMINATOR = "modules/discriminator"  # what spectral norm adds to a network, by bench_modules
-NO_CASES = (LANDMARKS, DISCRIMINATOR)  # the files whose rows are no case's
+GPU_TARGETS = "targets"  # what decides the promises on a GPU, by gpu_check
+NO_CASES = (LANDMARKS, DISCRIMINATOR, GPU_TARGETS)  # the files whose rows are not an op's alone
 OPS = ("nystrom_attention", "spatiotemporal_attention", "iterative_pinv", "power_iteration", "modules", "zoo")
 
 

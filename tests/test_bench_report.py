@@ -1,5 +1,6 @@
 """The report of the committed results: whole, self-contained, readable in a browser, and the README's source."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -8,8 +9,9 @@ import subprocess
 import pytest
 
 from nystromgan import cli
-from nystromgan.bench import module_tables, plots, report, store, tables
+from nystromgan.bench import gpu_targets, module_tables, plots, report, sections, store, tables
 from nystromgan.bench.case import OURS
+from nystromgan.bench.cases import cases
 
 ROOT = pathlib.Path(__file__).parents[1]
 MACHINES = sorted(path for path in (ROOT / "bench" / "results").glob("*") if (path / "nystrom_attention.json").exists())
@@ -108,3 +110,57 @@ def test_a_second_run_without_results_is_an_error(tmp_path: pathlib.Path, capsys
     folder = str(report.store.RESULTS / report.README_MACHINE)
     assert cli.main(["report", "--results", folder, "--again", str(tmp_path)]) == 1
     assert f"no results in {tmp_path}" in capsys.readouterr().err
+
+
+def gpu_rows() -> list[dict]:
+    """Rows by which a forward's floor holds, and the microseconds of one size miss; no line else is measured."""
+    lines = {line.words: line for line in gpu_targets.LINES}
+    held = lines["Forward of 65,536 tokens over its floor"].places(cases("cuda"))[0]
+    late = lines["Forward of 1,024 to 8,192 tokens in microseconds"].places(cases("cuda"))[0]
+    times = [(held, {"graph_ms": 0.12, "median_ms": 0.16, "floor_ms": 0.1}),
+             (late, {"graph_ms": 0.055, "median_ms": 0.3, "floor_ms": 0.01})]  # fmt: skip
+    return [{"case": place[0], "mode": place[1], "form": OURS, "commit": "abc", **fields} for place, fields in times]
+
+
+@pytest.mark.parametrize("file", ["targets", "nystrom_attention"])
+def test_the_page_of_a_gpu_has_its_verdicts(tmp_path: pathlib.Path, file: str) -> None:
+    """From the targets stage's file, or where there is none from the benchmark's; a two-core CPU's promises are not."""
+    rows = gpu_rows()
+    if file == "targets":
+        record = {"device": "nvidia-h200", "commit": "abc", "torch": "2.10", "verdicts": [], "rows": rows}
+    else:
+        where = {"name": "nvidia-h200", "device": "cuda", "cpu": {"model": "x", "threads": 2}, "versions": {}}
+        named = {case.name: case for case in cases("cuda")}
+        more = {"rounds": 3, "low_ms": 0.1, "high_ms": 0.2, "errors": {"output": 0.0}, "ratio": 1.0, "peak_bytes": 1}
+        known = [named[row["case"]] for row in rows]
+        rows = [row | more | {"op": case.op, "group": case.group, "dtype": case.dtype, **case.shape}
+                for row, case in zip(rows, known, strict=True)]  # fmt: skip
+        record = {"machine": where | {"commit": "abc"}, "rates": {}, "rows": rows}
+    (tmp_path / f"{file}.json").write_text(json.dumps(record))
+    assert cli.main(["report", "--results", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    table = {cells[1].strip(): cells for line in text.splitlines() if len(cells := line.split("|")) == 8}
+    assert {line.words for line in gpu_targets.LINES} <= set(table)
+    assert [cell.strip() for cell in table["Forward of 65,536 tokens over its floor"][2:5]] == [
+        "floor <= 1.3", "1.2", "1.6",
+    ]  # fmt: skip
+    assert table["Forward of 65,536 tokens over its floor"][6].strip() == gpu_targets.PASS
+    assert table["Forward of 1,024 to 8,192 tokens in microseconds"][6].strip() == gpu_targets.FAIL
+    assert table["Power iteration of 40 layers: launches"][6].strip() == gpu_targets.NOT_MEASURED
+    assert "two-core CPU" not in text
+    assert "nvidia-h200" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '<td class="no">FAIL</td>' in page
+
+
+def test_verdicts_are_of_the_targets_alone_where_both_were_measured(tmp_path: pathlib.Path) -> None:
+    """A slower run of the benchmark does not judge: the targets stage compares within one run."""
+    rows = gpu_rows()
+    records = {
+        "nystrom_attention": {"machine": {"device": "cuda"}, "rows": [row | {"graph_ms": 9.0} for row in rows]},
+        store.GPU_TARGETS: {"device": "nvidia-h200", "rows": rows},
+    }
+    verdicts = {cells[0]: cells[-1] for cells in sections._gpu_targets(records).table}
+    assert verdicts["Forward of 65,536 tokens over its floor"] == gpu_targets.PASS
+    cpu = store.load(store.RESULTS / report.README_MACHINE)
+    assert not sections._of_gpu(cpu)
