@@ -168,7 +168,8 @@ class Record:
         self.write()
 
     def all_rows(self) -> list[Row]:
-        new = {_identity(row) for row in self.rows}
+        """What a run did not finish replaces nothing."""
+        new = {_identity(row) for row in self.rows if "unfinished" not in row}
         kept = [row for row in self.earlier if _identity(row) not in new and "unfinished" not in row]
         return kept + self.rows
 

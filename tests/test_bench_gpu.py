@@ -192,6 +192,9 @@ def test_a_file_keeps_the_rows_that_a_run_does_not_replace(tmp_path: pathlib.Pat
     second.add({"op": "a", "table": ("forward", 90, 2), "best": "z"})
     rows = json.loads(path.read_text())["rows"]
     assert [(row["op"], row["best"], row["commit"]) for row in rows] == [("b", "y", "abc"), ("a", "z", "def")]
+    third = gpu_check.Record(path, {"commit": "def"})
+    third.add({"op": "a", "table": ("forward", 90, 2), "unfinished": "late"})
+    assert [row.get("best") for row in json.loads(path.read_text())["rows"]] == ["y", "z", None]
 
 
 def test_the_exit_status_and_the_file_tell_the_verdicts(

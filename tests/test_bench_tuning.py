@@ -87,7 +87,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measurement:
 
     def ours(backend: str) -> Any:
         def form(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            if one.entry.own == FAILING:
+            if one.entry.own == FAILING and backend == "triton":
                 raise RuntimeError("out of resource: shared memory")
             return value * (2.0 if one.entry.own == WRONG and backend == "triton" else 1.0) + 0.0 * (query + key)
 
@@ -149,6 +149,14 @@ def test_what_is_beyond_the_budget_says_so(monkeypatch: pytest.MonkeyPatch, meas
     assert not gpu_tuning_findings.findings([row])
 
 
+def test_without_a_reference_nothing_is_judged(monkeypatch: pytest.MonkeyPatch, measured: Measurement) -> None:
+    def ours(backend: str) -> Any:
+        raise MemoryError("out of memory")
+
+    (row,) = rows_of(monkeypatch, [measured._replace(case=measured.case._replace(ours=ours))])
+    assert row == {**measured.place, "unfinished": "no reference: MemoryError: out of memory"}
+
+
 def test_after_a_fault_nothing_else_runs(monkeypatch: pytest.MonkeyPatch, measured: Measurement) -> None:
     monkeypatch.setattr(gpu_tuning, "_alive", lambda _: False)
     first, last = rows_of(monkeypatch, [measured, measured])
@@ -169,6 +177,9 @@ def test_a_run_goes_on_where_one_of_the_commit_was_cut_short(
         monkeypatch.setattr(machine, "commit", lambda commit=commit: commit)
         rows = rows_of(monkeypatch, [measured, other], folder=tmp_path)
         assert [row["column"] == first.place["column"] for row in rows] == [True, False]
+    monkeypatch.setattr(machine, "commit", lambda: "abc")
+    (row,) = rows_of(monkeypatch, [measured, other], folder=tmp_path, deadline=0.0)
+    assert row["column"] == other.place["column"], "what is measured is not missing"
 
 
 def test_parts_together_compile_every_candidate(monkeypatch: pytest.MonkeyPatch, measured: Measurement) -> None:
