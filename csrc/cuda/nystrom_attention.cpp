@@ -21,6 +21,13 @@ struct Plan {
   Sizes query_grid, key_grid, landmark_grid;  // of the sides that have neither landmarks nor an index
 };
 
+// Whether two indices are one tensor.
+bool same(const Tensor& index, const Tensor& other) {
+  bool sizes = true;
+  for (int64_t i = 0; i < 3; ++i) sizes &= index.size(i) == other.size(i) && index.stride(i) == other.stride(i);
+  return sizes && index.const_data_ptr() == other.const_data_ptr();
+}
+
 // The tokens that one side's landmarks are the means of; none where the caller gave the landmarks.
 std::optional<Index> index_of_side(const Tensor& tokens, const OptionalTensor& landmarks, const OptionalTensor& index,
                                    const Sizes& grid, const Sizes& counts) {
@@ -194,8 +201,10 @@ struct Backward {
     if (landmarks) return std::nullopt;
     return members_of(tokens, grid_of(tokens, grid, call.plan.landmark_grid), call.landmarks);
   }
+  // As in self-attention.
   bool keys_like_queries() const {
     const Plan& plan = call.plan;
+    if (plan.query_index && plan.key_index) return same(*plan.query_index, *plan.key_index);
     const bool grids = !plan.query_landmarks && !plan.key_landmarks && !plan.query_index && !plan.key_index;
     return grids && plan.query_grid == plan.key_grid;
   }

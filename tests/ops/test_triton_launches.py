@@ -68,6 +68,12 @@ def test_attention_takes_four_launches_and_six(monkeypatch: pytest.MonkeyPatch, 
     ]  # fmt: skip
 
 
+def test_a_mask_counts_the_tokens_of_its_landmarks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries and keys of self-attention have one index."""
+    _, backward = attention(monkeypatch, torch.bfloat16, 64, 64, masked=True)
+    assert [name for name, _ in backward].count("count_kernel") == 1
+
+
 def test_every_launch_says_whether_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.9 warns where it has to look up the default, and warnings are errors here."""
     for case in ((torch.bfloat16, 64, 64), (torch.float32, 130, 8)):

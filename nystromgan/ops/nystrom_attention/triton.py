@@ -258,6 +258,13 @@ class Members(NamedTuple):
     arguments: tuple
 
 
+def _same(index: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two indices are one tensor, as those of self-attention under a mask are."""
+    if index is None or other is None or index.data_ptr() != other.data_ptr():
+        return False
+    return index.shape == other.shape and index.stride() == other.stride()
+
+
 def _members(index: Tensor | None, grid: Sequence[int], counts: Sequence[int], num_landmarks: int) -> Members:
     """The tokens of an index or of a grid's blocks; of neither where the caller gave the landmarks."""
     if index is not None:
@@ -308,7 +315,9 @@ def nystrom_attention_backward(
     with _triton.launch_on(query):
         grids = layout or Layout((), (), ())
         query_members = _members(plan.query_index, grids.query_grid, grids.landmark_grid, num_landmarks)
-        key_members = _members(plan.key_index, grids.key_grid, grids.landmark_grid, num_landmarks)
+        key_members = query_members
+        if not _same(plan.query_index, plan.key_index):
+            key_members = _members(plan.key_index, grids.key_grid, grids.landmark_grid, num_landmarks)
         stats = pass_.query_stats()
         sums, core, iterates = pass_.query_sums(stats)
         grad_context, delta, grad_query_means = pass_.core(sums, core, iterates)

@@ -154,18 +154,20 @@ def mean_kernel(
 
 @triton.jit
 def count_kernel(
-    p_index, s_ib, s_ih, s_in, p_counts, H, N, M, m_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    p_index, s_ib, s_ih, s_in, p_counts, H, N, M, splits, m_blocks,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of BLOCK_M landmarks in one row of an index."""
-    i_bh = tl.program_id(0) // m_blocks
+    """Adds the tokens of BLOCK_M landmarks in one split of one row of an index; of integers in any order."""
+    i_part = tl.program_id(0) // m_blocks
+    i_bh, i_split = i_part // splits, i_part % splits
     o_m = (tl.program_id(0) % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     p_index += (i_bh // H).to(tl.int64) * s_ib + (i_bh % H).to(tl.int64) * s_ih
     b_count = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in range(0, N, BLOCK_N):
-        o_n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
+    for start in range(0, SPLIT, BLOCK_N):
+        o_n = (i_split * SPLIT + start + tl.arange(0, BLOCK_N)).to(tl.int64)
         b_index = tl.load(p_index + o_n * s_in, mask=o_n < N, other=-1)
         b_count += (o_m[:, None] == b_index[None, :]).to(tl.int32)
-    tl.store(p_counts + i_bh.to(tl.int64) * M + o_m, tl.sum(b_count, 1).to(tl.float32), mask=o_m < M)
+    tl.atomic_add(p_counts + i_bh.to(tl.int64) * M + o_m, tl.sum(b_count, 1), mask=o_m < M, sem="relaxed")
 
 
 def index_strides(index: Tensor) -> tuple[int, int, int]:
@@ -239,12 +241,13 @@ def means_of_sums(sums: Tensor, totals: Tensor, shape: tuple[int, ...] | torch.S
 
 
 def index_counts(index: Tensor, num_landmarks: int) -> Tensor:
-    """Tokens of every landmark (B|1, H|1, M) float32."""
+    """Tokens of every landmark (B|1, H|1, M) int32."""
     batch, heads, count = index.shape
-    counts = torch.empty(batch, heads, num_landmarks, dtype=torch.float32, device=index.device)
-    blocks = triton.cdiv(num_landmarks, 16)
-    count_kernel[(batch * heads * blocks,)](
-        index, *index.stride(), counts, heads, count, num_landmarks, blocks, BLOCK_M=16, BLOCK_N=128, num_warps=4,
-        **_triton.FUSED,
+    counts = torch.zeros(batch, heads, num_landmarks, dtype=torch.int32, device=index.device)
+    split = tuning.split_tokens(count, _triton.architecture(index))
+    splits, blocks = triton.cdiv(count, split), triton.cdiv(num_landmarks, 16)
+    count_kernel[(batch * heads * splits * blocks,)](
+        index, *index.stride(), counts, heads, count, num_landmarks, splits, blocks,
+        SPLIT=split, BLOCK_M=16, BLOCK_N=256, num_warps=4, **_triton.FUSED,
     )  # fmt: skip
     return counts
