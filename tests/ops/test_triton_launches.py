@@ -74,6 +74,21 @@ def test_a_mask_counts_the_tokens_of_its_landmarks_once(monkeypatch: pytest.Monk
     assert [name for name, _ in backward].count("count_kernel") == 1
 
 
+def test_more_than_128_landmarks_take_four_products_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: the inverse comes with its derivative."""
+    matrix = torch.empty(2, 130, 130, device="meta")
+    with recorded(monkeypatch) as forward:
+        pinv.iterative_pinv(matrix, 6, False)
+    with recorded(monkeypatch) as backward:
+        pinv.iterative_pinv_backward(matrix, matrix, 6, False)
+    assert [name for name, _ in forward] == [name for name, _ in backward] == ["product_kernel"] * 24
+    _, backward = attention(monkeypatch, torch.bfloat16, 130, 8)
+    assert [name for name, _ in backward] == [
+        "query_stats_kernel", "query_sums_kernel", "core_kernel", "reduce_kernel", "core_backward_kernel",
+        *["product_kernel"] * 24, "core_backward_kernel", "keys_kernel", "keys_kernel", "reduce_kernel", "query_kernel",
+    ]  # fmt: skip
+
+
 def test_every_launch_says_whether_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.9 warns where it has to look up the default, and warnings are errors here."""
     for case in ((torch.bfloat16, 64, 64), (torch.float32, 130, 8)):

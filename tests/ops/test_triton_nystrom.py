@@ -68,10 +68,30 @@ else:
             monkeypatch.setattr(pinv_tuning, "CHIP_MOST", dict.fromkeys(pinv_tuning.CHIP_MOST, 0))
             assert relative_error(iterative_pinv(matrix, iterations=3, backend="triton"), on_chip) < 1e-6
 
+        @pytest.mark.parametrize("most", [0, 64])
+        def test_the_gradient_on_chip_and_through_memory(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+            """After six steps of a core: the error is that of eager's way back."""
+            monkeypatch.setattr(pinv_tuning, "CHIP_MOST_BACKWARD", dict.fromkeys(pinv_tuning.CHIP_MOST_BACKWARD, most))
+            logits, direction = (normal(2, 33, 33, seed=seed).to(DEVICE) for seed in (1, 2))
+
+            def gradient(x: Tensor, backend: str) -> Tensor:
+                x = x.requires_grad_()
+                inverse = iterative_pinv(x.softmax(-1), backend=backend)
+                return torch.autograd.grad(inverse, x, direction.to(x.dtype))[0]
+
+            exact, eager = (gradient(x, "reference") for x in (logits.double(), logits.clone()))
+            error = relative_error(gradient(logits.clone(), "triton"), exact)
+            assert error <= EAGER_FACTOR * relative_error(eager, exact) + 2e-7
+
         def test_more_rows_than_one_program_holds(self) -> None:
-            matrix = matrices(1, 130, 130)
-            expected = iterative_pinv(matrix, iterations=1, backend="reference")
-            assert relative_error(iterative_pinv(matrix, iterations=1, backend="triton"), expected) < 1e-6
+            results = []
+            for backend in ("reference", "triton"):
+                matrix = matrices(1, 130, 130).requires_grad_()
+                inverse = iterative_pinv(matrix, iterations=1, backend=backend)
+                (grad,) = torch.autograd.grad(inverse, matrix, normal(1, 130, 130, seed=3).to(DEVICE))
+                results.append((inverse.detach(), grad))
+            for expected, found in zip(*results, strict=True):
+                assert relative_error(found, expected) < 1e-6
 
         @pytest.mark.parametrize("magnitude", [0.0, 1e-12, 1e12])
         def test_magnitudes(self, magnitude: float) -> None:

@@ -7,6 +7,11 @@ A step is evaluated from the left, so that its three chained products share one 
 On chip a float32 product is three float16 ones: x = hi + lo / 2^11 keeps 22 bits of every operand, tf32's trick at
 twice its rate and half its shared memory. Operands are brought to [1, 2) by a power of two first. Measured against
 the float64 recurrence, the error is that of eager float32 (3e-6 on random tokens): the steps' own rounding rules it.
+
+The backward goes forward: while c of Z_0 = A^T / c stays, Z^T is a gradient in A of a number, so its derivative is its
+own adjoint: dA = (Z')^T, where every matrix has its derivative beside it as A moves along A' = G^T, G the gradient of
+Z. No step is kept. P' is symmetric, as are T2' and T3' of the native library, which would save 2 to 4 of 12 products:
+but T3 written out leaves 1.2 to 2.1 times the error of the gradient that goes back, products from the left 0.9 to 1.
 """
 
 import torch
@@ -18,7 +23,7 @@ from nystromgan import _triton
 from nystromgan.ops.iterative_pinv import tuning
 
 ON_CHIP = 128  # the largest M whose matrices one program holds
-ITERATES = 4  # Z, P, V1 and V2 of each step, which the backward reads
+MATRICES = 5  # A, Z, P, V1 and V2, through which a program works in memory; the backward holds their derivatives too
 
 
 @triton.jit
@@ -111,22 +116,38 @@ def chip_steps(b_a, b_start, ITERATIONS: tl.constexpr):
 
 
 @triton.jit
-def tile_product(
-    p_a, a_r, a_c, p_b, b_r, b_c, i, j, M, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr
-):  # fmt: skip
-    """Tile (i, j) of A B, float32, where p + row stride_r + column stride_c are (M, M) matrices."""
-    o_r = i * BLOCK + tl.arange(0, BLOCK)
-    o_c = j * BLOCK + tl.arange(0, BLOCK)
-    o_k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for step in tl.range(0, K_STEPS):
-        k = step * BLOCK_K + o_k
-        a_inside = (o_r[:, None] < M) & (k[None, :] < M)
-        b_inside = (k[:, None] < M) & (o_c[None, :] < M)
-        a = tl.load(p_a + o_r[:, None] * a_r + k[None, :] * a_c, mask=a_inside, other=0.0)  # (BLOCK, BLOCK_K)
-        b = tl.load(p_b + k[:, None] * b_r + o_c[None, :] * b_c, mask=b_inside, other=0.0)  # (BLOCK_K, BLOCK)
-        acc = tl.dot(a, b, acc, input_precision="tf32x3")
-    return acc
+def chip_steps_moved(b_a, b_moved_a, b_z, b_moved_z, ITERATIONS: tl.constexpr):
+    """(Z, Z') after ITERATIONS steps from both starts, as A moves along A', every operand on chip."""
+    a_scale, moved_a_scale = power_of_two(b_a), power_of_two(b_moved_a)
+    a_hi, a_lo = split(b_a / a_scale)
+    moved_a_hi, moved_a_lo = split(b_moved_a / moved_a_scale)
+    for _ in tl.range(0, ITERATIONS, num_stages=1):
+        z_scale, moved_z_scale = power_of_two(b_z), power_of_two(b_moved_z)
+        b_z = b_z / z_scale
+        z_hi, z_lo = split(b_z)
+        w_hi, w_lo = split(b_moved_z / moved_z_scale)
+        b_p = product(a_hi, a_lo, w_hi, w_lo) * (a_scale * moved_z_scale)
+        b_p += product(moved_a_hi, moved_a_lo, z_hi, z_lo) * (moved_a_scale * z_scale)
+        moved_p_scale = power_of_two(b_p)
+        moved_p_hi, moved_p_lo = split(b_p / moved_p_scale)  # (M, M)
+        p_hi, p_lo = split(product(a_hi, a_lo, z_hi, z_lo) * (a_scale * z_scale))  # (M, M)
+        unit = tl.maximum(moved_z_scale, z_scale * moved_p_scale)  # of Z', V1' and V2'
+        factor = z_scale * moved_p_scale / unit
+        b_moved_z = b_moved_z / unit
+        w_hi, w_lo = split(b_moved_z)
+        b_w = 7.0 * b_moved_z - product(w_hi, w_lo, p_hi, p_lo)
+        b_w -= product(z_hi, z_lo, moved_p_hi, moved_p_lo) * factor
+        v_hi, v_lo = split(7.0 * b_z - product(z_hi, z_lo, p_hi, p_lo))
+        w_hi, w_lo = split(b_w)
+        b_w = 15.0 * b_moved_z - product(w_hi, w_lo, p_hi, p_lo)
+        b_w -= product(v_hi, v_lo, moved_p_hi, moved_p_lo) * factor
+        v_hi, v_lo = split(15.0 * b_z - product(v_hi, v_lo, p_hi, p_lo))
+        w_hi, w_lo = split(b_w)
+        b_w = 13.0 * b_moved_z - product(w_hi, w_lo, p_hi, p_lo)
+        b_w -= product(v_hi, v_lo, moved_p_hi, moved_p_lo) * factor
+        b_z = (13.0 * b_z - product(v_hi, v_lo, p_hi, p_lo)) * (0.25 * z_scale)
+        b_moved_z = b_w * (0.25 * unit)
+    return b_z, b_moved_z
 
 
 @triton.jit
@@ -138,138 +159,144 @@ def tile_of(p, i, j, M, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tiled_steps(
-    p_a, a_r, a_c, p_iterates, M,
-    ITERATIONS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+def tile_products(
+    p_a, p_b, moved, i, j, M,
+    DERIVATIVE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The steps of one program from the Z that p_iterates begins with, tile by tile; the last Z ends p_iterates."""
-    size = M * M
-    K_STEPS: tl.constexpr = TILES * BLOCK // BLOCK_K
-    for step in tl.range(0, ITERATIONS, num_stages=1):
-        z = p_iterates + step * (4 * size)
-        p, v1, v2 = z + size, z + 2 * size, z + 3 * size
-        tl.debug_barrier()
-        for tile in tl.range(0, TILES * TILES, num_stages=1):
-            i, j = tile // TILES, tile % TILES
-            acc = tile_product(p_a, a_r, a_c, z, M, 1, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            p_tile, inside = tile_of(p, i, j, M, BLOCK)
-            tl.store(p_tile, acc, mask=inside)
-        for v in tl.static_range(3):
-            tl.debug_barrier()
-            for tile in tl.range(0, TILES * TILES, num_stages=1):
-                i, j = tile // TILES, tile % TILES
-                left = z if v == 0 else v1 if v == 1 else v2
-                acc = tile_product(left, M, 1, p, M, 1, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-                p_tile, inside = tile_of(z, i, j, M, BLOCK)
-                b_z = tl.load(p_tile, mask=inside, other=0.0)
-                acc = 7.0 * b_z - acc if v == 0 else 15.0 * b_z - acc if v == 1 else 3.25 * b_z - 0.25 * acc
-                p_tile = tile_of(z + (v + 2) * size, i, j, M, BLOCK)[0]
-                tl.store(p_tile, acc, mask=inside)
-    tl.debug_barrier()
+    """Tile (i, j) of A B of contiguous (M, M) matrices, float32, and with DERIVATIVE of A' B + A B', else zero.
+
+    The derivative of a matrix lies `moved` elements behind it. Its products share the loads of A and B.
+    """
+    o_r = i * BLOCK + tl.arange(0, BLOCK)
+    o_c = j * BLOCK + tl.arange(0, BLOCK)
+    o_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    acc_moved = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for step in tl.range(0, K_STEPS):
+        k = step * BLOCK_K + o_k
+        left, right = o_r[:, None] * M + k[None, :], k[:, None] * M + o_c[None, :]
+        a_inside = (o_r[:, None] < M) & (k[None, :] < M)
+        b_inside = (k[:, None] < M) & (o_c[None, :] < M)
+        a = tl.load(p_a + left, mask=a_inside, other=0.0)  # (BLOCK, BLOCK_K)
+        b = tl.load(p_b + right, mask=b_inside, other=0.0)  # (BLOCK_K, BLOCK)
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+        if DERIVATIVE:
+            a_moved = tl.load(p_a + moved + left, mask=a_inside, other=0.0)
+            acc_moved = tl.dot(a_moved, b, acc_moved, input_precision="tf32x3")
+            b_moved = tl.load(p_b + moved + right, mask=b_inside, other=0.0)
+            acc_moved = tl.dot(a, b_moved, acc_moved, input_precision="tf32x3")
+    return acc, acc_moved
+
+
+@triton.jit
+def step_tile(
+    p_work, size, v, i, j, M,
+    DERIVATIVE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, K_STEPS: tl.constexpr,
+):  # fmt: skip
+    """Tile (i, j) of product v of a step: P, V1, V2 or the next Z, in the place of Z.
+
+    p_work holds the contiguous (M, M) matrices A, Z, P, V1, V2, and with DERIVATIVE their derivatives after them.
+    `size` is M M, in the bits that an offset takes.
+    """
+    moved = 5 * size
+    left = p_work + tl.where(v < 2, v, v + 1) * size  # A, Z, V1, V2
+    right = p_work + tl.where(v == 0, 1, 2) * size  # Z, P, P, P
+    acc, acc_moved = tile_products(left, right, moved, i, j, M, DERIVATIVE, BLOCK, BLOCK_K, K_STEPS)
+    alpha = tl.where(v == 0, 1.0, tl.where(v == 3, -0.25, -1.0))
+    beta = tl.where(v == 1, 7.0, tl.where(v == 2, 15.0, 3.25))
+    p_z, inside = tile_of(p_work + size, i, j, M, BLOCK)
+    p_out, _ = tile_of(p_work + tl.where(v == 3, 1, v + 2) * size, i, j, M, BLOCK)
+    added = inside & (v > 0)
+    tl.store(p_out, alpha * acc + beta * tl.load(p_z, mask=added, other=0.0), mask=inside)
+    if DERIVATIVE:
+        acc_moved = alpha * acc_moved + beta * tl.load(p_z + moved, mask=added, other=0.0)
+        tl.store(p_out + moved, acc_moved, mask=inside)
+
+
+@triton.jit
+def copy_matrix(p, stride_r, stride_c, divisor, p_out, M, BLOCK: tl.constexpr):
+    """Writes an (M, M) matrix, divided, as a contiguous one."""
+    o_c = tl.arange(0, BLOCK)
+    for step in tl.range(0, BLOCK // 16, num_stages=1):
+        o_r = step * 16 + tl.arange(0, 16)
+        rows = load_rows(p, stride_r, stride_c, step, M, BLOCK) / divisor  # (16, M)
+        tl.store(p_out + o_r[:, None] * M + o_c[None, :], rows, mask=(o_r[:, None] < M) & (o_c[None, :] < M))
 
 
 @triton.jit
 def iterate(
-    p_a, a_r, a_c, p_iterates, M,
-    ITERATIONS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+    p_work, M, ITERATIONS: tl.constexpr, DERIVATIVE: tl.constexpr, CHIP: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """Fills p_iterates, 4 ITERATIONS + 1 contiguous (M, M) matrices, from A; the last is the inverse."""
-    column_max, row_max, _, _ = norms(p_a, a_r, a_c, M, BLOCK)
-    scale = tl.where(column_max * row_max == 0.0, 1.0, column_max * row_max)
-    o_c = tl.arange(0, BLOCK)
-    for step in tl.range(0, BLOCK // 16, num_stages=1):
-        o_r = step * 16 + tl.arange(0, 16)
-        b_z = load_rows(p_a, a_c, a_r, step, M, BLOCK) / scale  # (16, M)
-        tl.store(p_iterates + o_r[:, None] * M + o_c[None, :], b_z, mask=(o_r[:, None] < M) & (o_c[None, :] < M))
-    tiled_steps(p_a, a_r, a_c, p_iterates, M, ITERATIONS, TILE, TILE_K, BLOCK // TILE)
+    """All steps of one program, with CHIP on chip; else tile by tile, with a barrier where a product reads what other
+    threads wrote.
 
-
-@triton.jit
-def backward_steps(
-    p_a, a_r, a_c, p_iterates, p_work, p_grad_a, M,
-    ITERATIONS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """From the gradient of the last Z in p_work[0]: the start's gradient, there, and A's through every product.
-
-    p_work holds 5 contiguous (M, M) matrices. One program does it all tile by tile, with a barrier where a product
-    reads what other threads wrote.
+    p_work as in `step_tile`: A is there, and with DERIVATIVE A'; Z and Z' are then the last.
     """
     size = M * M
-    p_grad, p_next, p_v1, p_v2, p_p = p_work, p_work + size, p_work + 2 * size, p_work + 3 * size, p_work + 4 * size
-    K_STEPS: tl.constexpr = TILES * BLOCK // BLOCK_K
-    for tile in tl.range(0, TILES * TILES, num_stages=1):
-        i, j = tile // TILES, tile % TILES
-        p_tile, inside = tile_of(p_grad_a, i, j, M, BLOCK)
-        tl.store(p_tile, tl.zeros((BLOCK, BLOCK), tl.float32), mask=inside)
-    for step in tl.range(0, ITERATIONS, num_stages=1):
-        z = p_iterates + (ITERATIONS - 1 - step) * (4 * size)
-        p, v1, v2 = z + size, z + 2 * size, z + 3 * size
+    tl.debug_barrier()
+    column_max, row_max, _, _ = norms(p_work, M, 1, M, BLOCK)
+    scale = tl.where(column_max * row_max == 0.0, 1.0, column_max * row_max)
+    copy_matrix(p_work, 1, M, scale, p_work + size, M, BLOCK)
+    if DERIVATIVE:
+        copy_matrix(p_work + 5 * size, 1, M, scale, p_work + 6 * size, M, BLOCK)
+    if CHIP:
         tl.debug_barrier()
-        for tile in tl.range(0, TILES * TILES, num_stages=1):
-            i, j = tile // TILES, tile % TILES
-            b_v2 = -0.25 * tile_product(p_grad, M, 1, p, 1, M, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            b_p = -0.25 * tile_product(v2, 1, M, p_grad, M, 1, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            p_tile, inside = tile_of(p_v2, i, j, M, BLOCK)
-            tl.store(p_tile, b_v2, mask=inside)
-            tl.store(tile_of(p_p, i, j, M, BLOCK)[0], b_p, mask=inside)
-        tl.debug_barrier()
-        for tile in tl.range(0, TILES * TILES, num_stages=1):
-            i, j = tile // TILES, tile % TILES
-            b_v1 = -tile_product(p_v2, M, 1, p, 1, M, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            p_tile, inside = tile_of(p_v1, i, j, M, BLOCK)
-            tl.store(p_tile, b_v1, mask=inside)
-            b_next = 3.25 * tl.load(tile_of(p_grad, i, j, M, BLOCK)[0], mask=inside, other=0.0) + 7.0 * b_v1
-            b_next += 15.0 * tl.load(tile_of(p_v2, i, j, M, BLOCK)[0], mask=inside, other=0.0)
-            tl.store(tile_of(p_next, i, j, M, BLOCK)[0], b_next, mask=inside)
-            b_p = tile_product(v1, 1, M, p_v2, M, 1, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            p_tile = tile_of(p_p, i, j, M, BLOCK)[0]
-            tl.store(p_tile, tl.load(p_tile, mask=inside, other=0.0) - b_p, mask=inside)
-        tl.debug_barrier()
-        for tile in tl.range(0, TILES * TILES, num_stages=1):
-            i, j = tile // TILES, tile % TILES
-            b_next = tile_product(p_v1, M, 1, p, 1, M, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            p_tile, inside = tile_of(p_next, i, j, M, BLOCK)
-            tl.store(p_tile, tl.load(p_tile, mask=inside, other=0.0) - b_next, mask=inside)
-            b_p = tile_product(z, 1, M, p_v1, M, 1, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            p_tile = tile_of(p_p, i, j, M, BLOCK)[0]
-            tl.store(p_tile, tl.load(p_tile, mask=inside, other=0.0) - b_p, mask=inside)
-        tl.debug_barrier()
-        for tile in tl.range(0, TILES * TILES, num_stages=1):
-            i, j = tile // TILES, tile % TILES
-            b_grad = tile_product(p_a, a_c, a_r, p_p, M, 1, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            p_tile, inside = tile_of(p_next, i, j, M, BLOCK)
-            b_grad += tl.load(p_tile, mask=inside, other=0.0)
-            tl.store(tile_of(p_grad, i, j, M, BLOCK)[0], b_grad, mask=inside)
-            b_grad = tile_product(p_p, M, 1, z, 1, M, i, j, M, BLOCK, BLOCK_K, K_STEPS)
-            p_tile = tile_of(p_grad_a, i, j, M, BLOCK)[0]
-            tl.store(p_tile, tl.load(p_tile, mask=inside, other=0.0) + b_grad, mask=inside)
+        b_z, b_moved_z = chip_steps_moved(
+            load_matrix(p_work, M, 1, M, BLOCK), load_matrix(p_work + 5 * size, M, 1, M, BLOCK),
+            load_matrix(p_work + size, M, 1, M, BLOCK), load_matrix(p_work + 6 * size, M, 1, M, BLOCK), ITERATIONS,
+        )  # fmt: skip
+        store_matrix(p_work + size, b_z, M, BLOCK)
+        store_matrix(p_work + 6 * size, b_moved_z, M, BLOCK)
+    else:
+        TILES: tl.constexpr = BLOCK // TILE
+        for step in tl.range(0, 4 * ITERATIONS, num_stages=1):
+            tl.debug_barrier()
+            for tile in tl.range(0, TILES * TILES, num_stages=1):
+                step_tile(
+                    p_work, size, step % 4, tile // TILES, tile % TILES, M, DERIVATIVE, TILE, TILE_K, BLOCK // TILE_K
+                )  # fmt: skip
     tl.debug_barrier()
 
 
 @triton.jit
-def start_gradient(p_a, a_r, a_c, p_grad_start, p_grad_a, M, BLOCK: tl.constexpr):
-    """Adds to A's gradient what comes through Z_0 = A^T / (|A|_1 |A|_inf), the maxima's to their first place."""
-    column_max, row_max, i, j = norms(p_a, a_r, a_c, M, BLOCK)
+def finish_gradient(p_work, p_grad_a, M, BLOCK: tl.constexpr):
+    """dA = (Z')^T and what comes through Z_0 = A^T / c of the c = |A|_1 |A|_inf, the maxima's to their first place.
+
+    From Z(t A, t^2 c) = Z(A, c) / t, dc = -(<A', Z^T> + <A, (Z')^T>) / 2c.
+    """
+    size = M * M
+    column_max, row_max, i, j = norms(p_work, M, 1, M, BLOCK)
     scale = column_max * row_max
     empty = scale == 0.0
-    scale = tl.where(empty, 1.0, scale)
     total = 0.0
     for step in tl.range(0, BLOCK // 16, num_stages=1):
-        b_a = load_rows(p_a, a_r, a_c, step, M, BLOCK)  # (16, M)
-        total += tl.sum(tl.sum(load_rows(p_grad_start, 1, M, step, M, BLOCK) * b_a, 1), 0)
-    grad_scale = tl.where(empty, 0.0, -total / (scale * scale))
+        b_z = load_rows(p_work + size, 1, M, step, M, BLOCK)  # (16, M), a derivative's 5 matrices further
+        total += tl.sum(tl.sum(load_rows(p_work + 5 * size, M, 1, step, M, BLOCK) * b_z, 1), 0)
+        b_a = load_rows(p_work, M, 1, step, M, BLOCK)
+        total += tl.sum(tl.sum(load_rows(p_work + 6 * size, 1, M, step, M, BLOCK) * b_a, 1), 0)
+    grad_scale = tl.where(empty, 0.0, -0.5 * total / tl.where(empty, 1.0, scale))
     o_c = tl.arange(0, BLOCK)
     for step in tl.range(0, BLOCK // 16, num_stages=1):
         o_r = step * 16 + tl.arange(0, 16)
-        b_a = load_rows(p_a, a_r, a_c, step, M, BLOCK)
+        b_a = load_rows(p_work, M, 1, step, M, BLOCK)
         sign = tl.where(b_a > 0.0, 1.0, tl.where(b_a < 0.0, -1.0, 0.0))
         picked = tl.where(o_c[None, :] == j, grad_scale * row_max, 0.0)
         picked += tl.where(o_r[:, None] == i, grad_scale * column_max, 0.0)
-        b_grad = load_rows(p_grad_a, M, 1, step, M, BLOCK) + sign * picked
-        b_grad += load_rows(p_grad_start, 1, M, step, M, BLOCK) / scale
-        tl.store(
-            p_grad_a + o_r[:, None] * M + o_c[None, :], b_grad, mask=(o_r[:, None] < M) & (o_c[None, :] < M)
-        )  # fmt: skip
+        b_grad = load_rows(p_work + 6 * size, 1, M, step, M, BLOCK) + sign * picked
+        tl.store(p_grad_a + o_r[:, None] * M + o_c[None, :], b_grad, mask=(o_r[:, None] < M) & (o_c[None, :] < M))
+
+
+@triton.jit
+def iterate_backward(
+    p_a, a_r, a_c, p_grad, grad_r, grad_c, p_work, p_grad_a, M,
+    ITERATIONS: tl.constexpr, CHIP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of A from that of the last Z, which is the second matrix of p_work then; p_grad may be p_grad_a."""
+    copy_matrix(p_a, a_r, a_c, 1.0, p_work, M, BLOCK)
+    copy_matrix(p_grad, grad_c, grad_r, 1.0, p_work + 5 * M * M, M, BLOCK)
+    iterate(p_work, M, ITERATIONS, True, CHIP, BLOCK, TILE, TILE_K)
+    finish_gradient(p_work, p_grad_a, M, BLOCK)
 
 
 @triton.jit
@@ -284,77 +311,51 @@ def chip_kernel(
 
 @triton.jit
 def iterate_kernel(
-    p_matrix, stride_b, stride_r, stride_c, p_iterates, M,
+    p_matrix, stride_b, stride_r, stride_c, p_work, p_pinv, M,
     ITERATIONS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     i_matrix = tl.program_id(0).to(tl.int64)
-    p_iterates += i_matrix * (4 * ITERATIONS + 1) * M * M
-    iterate(p_matrix + i_matrix * stride_b, stride_r, stride_c, p_iterates, M, ITERATIONS, BLOCK, TILE, TILE_K)
+    p_work += i_matrix * 5 * M * M
+    copy_matrix(p_matrix + i_matrix * stride_b, stride_r, stride_c, 1.0, p_work, M, BLOCK)
+    iterate(p_work, M, ITERATIONS, False, False, BLOCK, TILE, TILE_K)
+    copy_matrix(p_work + M * M, M, 1, 1.0, p_pinv + i_matrix * M * M, M, BLOCK)
 
 
 @triton.jit
 def backward_kernel(
-    p_matrix, stride_b, stride_r, stride_c, p_work, p_iterates, p_grad_matrix, M,
-    ITERATIONS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+    p_matrix, stride_b, stride_r, stride_c, p_grad, grad_b, grad_r, grad_c, p_work, p_grad_matrix, M,
+    ITERATIONS: tl.constexpr, CHIP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the last Z arrives in the first of the program's 5 matrices of p_work."""
     i_matrix = tl.program_id(0).to(tl.int64)
-    p_iterates += i_matrix * (4 * ITERATIONS + 1) * M * M
-    p_work += i_matrix * 5 * M * M
-    p_grad_matrix += i_matrix * M * M
-    p_matrix += i_matrix * stride_b
-    iterate(p_matrix, stride_r, stride_c, p_iterates, M, ITERATIONS, BLOCK, TILE, TILE_K)
-    backward_steps(
-        p_matrix, stride_r, stride_c, p_iterates, p_work, p_grad_matrix, M, ITERATIONS, TILE, TILE_K, BLOCK // TILE
-    )
-    start_gradient(p_matrix, stride_r, stride_c, p_work, p_grad_matrix, M, BLOCK)
+    iterate_backward(
+        p_matrix + i_matrix * stride_b, stride_r, stride_c, p_grad + i_matrix * grad_b, grad_r, grad_c,
+        p_work + i_matrix * 10 * M * M, p_grad_matrix + i_matrix * M * M, M, ITERATIONS, CHIP, BLOCK, TILE, TILE_K,
+    )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["v"])
 def product_kernel(
-    p_out, p_a, p_b, p_add, stride_ab, stride_ar, stride_ac, stride_bb, stride_br, stride_bc,
-    M, tiles, alpha, beta,
-    ADD: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr, K_STEPS: tl.constexpr,
+    p_work, v, M, tiles,
+    DERIVATIVE: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr, K_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha A B + beta add, one tile a program; out and add are contiguous and may be the same."""
+    """Product v of a step, one tile of one matrix a program."""
     i_matrix = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
     i_tile = tl.program_id(0) % (tiles * tiles)
-    i, j = i_tile // tiles, i_tile % tiles
-    p_a += i_matrix * stride_ab
-    p_b += i_matrix * stride_bb
-    acc = alpha * tile_product(
-        p_a, stride_ar, stride_ac, p_b, stride_br, stride_bc, i, j, M, TILE, TILE_K, K_STEPS
-    )  # fmt: skip
-    p_tile, inside = tile_of(p_out + i_matrix * M * M, i, j, M, TILE)
-    if ADD:
-        acc += beta * tl.load(tile_of(p_add + i_matrix * M * M, i, j, M, TILE)[0], mask=inside, other=0.0)
-    tl.store(p_tile, acc, mask=inside)
+    size = tl.cast(M, tl.int64) * M
+    p_work += i_matrix * (10 if DERIVATIVE else 5) * size
+    step_tile(p_work, size, v, i_tile // tiles, i_tile % tiles, M, DERIVATIVE, TILE, TILE_K, K_STEPS)
 
 
-def multiply(out: Tensor, alpha: float, a: Tensor, b: Tensor, beta: float = 0.0, add: Tensor | None = None) -> Tensor:
-    """out = alpha a b + beta add for (count, M, M) float32; a and b may be transposed views, out may be add."""
-    count, size, _ = out.shape
-    config = tuning.choose("product", _triton.architecture(out), _triton.tile(size))
+def _tiled_steps(work: Tensor, iterations: int) -> None:
+    """All steps on the (count, 5 or 10, M, M) matrices of `step_tile`, a launch for each product."""
+    count, matrices, size, _ = work.shape
+    config = tuning.choose("product", _triton.architecture(work), _triton.tile(size))
     tiles = triton.cdiv(size, config["TILE"])
-    product_kernel[(count * tiles * tiles,)](
-        out, a, b, out if add is None else add, *a.stride(), *b.stride(),
-        size, tiles, alpha, beta, ADD=add is not None,
-        K_STEPS=triton.cdiv(_triton.tile(size), config["TILE_K"]), **config, **_triton.FUSED,
-    )  # fmt: skip
-    return out
-
-
-def _tiled_steps(matrix: Tensor, start: Tensor, iterations: int) -> list[tuple[Tensor, ...]]:
-    """(Z, P, V1, V2) of every step; the last holds only the final Z."""
-    steps: list[tuple[Tensor, ...]] = []
-    z = start
-    for _ in range(iterations):
-        p = multiply(torch.empty_like(z), 1.0, matrix, z)
-        v1 = multiply(torch.empty_like(z), -1.0, z, p, 7.0, z)
-        v2 = multiply(torch.empty_like(z), -1.0, v1, p, 15.0, z)
-        steps.append((z, p, v1, v2))
-        z = multiply(torch.empty_like(z), -0.25, v2, p, 3.25, z)
-    return [*steps, (z,)]
+    for product in range(4 * iterations):
+        product_kernel[(count * tiles * tiles,)](
+            work, product % 4, size, tiles, DERIVATIVE=matrices > MATRICES,
+            K_STEPS=triton.cdiv(size, config["TILE_K"]), **config, **_triton.FUSED,
+        )  # fmt: skip
 
 
 def _norms(matrix: Tensor, global_init: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,29 +379,31 @@ def _maximum_gradient(sums: Tensor, grad: Tensor, global_init: bool) -> Tensor:
     return first * (ties / ties.sum() * grad.sum())[:, None]
 
 
-def _tiled_backward(grad: Tensor, matrix: Tensor, iterations: int, global_init: bool) -> Tensor:
+def _tiled(matrix: Tensor, iterations: int, global_init: bool) -> Tensor:
+    work = matrix.new_empty(len(matrix), MATRICES, *matrix.shape[1:])
+    work[:, 0] = matrix
+    torch.div(matrix.mT, _norms(matrix, global_init)[2], out=work[:, 1])
+    _tiled_steps(work, iterations)
+    return work[:, 1].clone()
+
+
+def tiled_backward(grad: Tensor, matrix: Tensor, iterations: int, global_init: bool) -> tuple[Tensor, Tensor]:
+    """(A's gradient, Z); see `finish_gradient`."""
     column, row, scale = _norms(matrix, global_init)
-    start = (matrix.mT / scale).contiguous()
-    grad_matrix = torch.zeros_like(start)
-    grad = grad.contiguous()
-    for z, p, v1, v2 in reversed(_tiled_steps(matrix, start, iterations)[:-1]):
-        grad_v2 = multiply(torch.empty_like(z), -0.25, grad, p.mT)
-        grad_v1 = multiply(torch.empty_like(z), -1.0, grad_v2, p.mT)
-        grad_p = multiply(torch.empty_like(z), -0.25, v2.mT, grad)
-        multiply(grad_p, -1.0, v1.mT, grad_v2, 1.0, grad_p)
-        multiply(grad_p, -1.0, z.mT, grad_v1, 1.0, grad_p)
-        grad = 3.25 * grad + 15.0 * grad_v2 + 7.0 * grad_v1
-        multiply(grad, -1.0, grad_v1, p.mT, 1.0, grad)
-        multiply(grad, 1.0, matrix.mT, grad_p, 1.0, grad)
-        multiply(grad_matrix, 1.0, grad_p, z.mT, 1.0, grad_matrix)
+    work = matrix.new_empty(len(matrix), 2 * MATRICES, *matrix.shape[1:])
+    inverse, moved_inverse = work[:, 1], work[:, MATRICES + 1]
+    work[:, 0], work[:, MATRICES] = matrix, grad.mT
+    torch.div(matrix.mT, scale, out=inverse)
+    torch.div(grad, scale, out=moved_inverse)
+    _tiled_steps(work, iterations)
     column_max, row_max = column.amax(-1), row.amax(-1)
     if global_init:
         column_max, row_max = column_max.amax(), row_max.amax()
-    grad_scale = -(grad * start).sum((-1, -2)) / scale[:, 0, 0]
-    grad_scale = torch.where(column_max * row_max == 0, 0.0, grad_scale)
+    total = (grad * inverse).sum((-1, -2)) + (matrix.mT * moved_inverse).sum((-1, -2))
+    grad_scale = torch.where(column_max * row_max == 0, 0.0, -0.5 * total / scale[:, 0, 0])
     picked = _maximum_gradient(column, grad_scale * row_max, global_init)[:, None, :]
     picked = picked + _maximum_gradient(row, grad_scale * column_max, global_init)[:, :, None]
-    return grad_matrix + grad.mT / scale + matrix.sign() * picked
+    return picked.mul_(matrix.sign()).add_(moved_inverse.mT), inverse
 
 
 def within_32_bits(matrix: Tensor) -> Tensor:
@@ -418,23 +421,16 @@ def iterative_pinv(matrix: Tensor, iterations: int, global_init: bool) -> Tensor
     count, block = len(matrices), _triton.tile(size)
     with _triton.launch_on(matrix):
         if global_init or size > ON_CHIP:
-            start = (matrices.mT / _norms(matrices, global_init)[2]).contiguous()
-            return _tiled_steps(matrices, start, iterations)[-1][0].view(matrix.shape)
+            return _tiled(matrices, iterations, global_init).view(matrix.shape)
         architecture = _triton.architecture(matrix)
-        if block > tuning.CHIP_MOST[architecture]:
-            iterates = matrix.new_empty(count, ITERATES * iterations + 1, size, size)
-            iterate_kernel[(count,)](
-                matrices,
-                *matrices.stride(),
-                iterates,
-                size,
-                ITERATIONS=iterations,
-                BLOCK=block,
-                **tuning.choose("iterate", architecture, block),
-                **_triton.FUSED,
-            )
-            return iterates[:, -1].reshape(matrix.shape)
         pinv = matrix.new_empty(matrix.shape)
+        if block > tuning.CHIP_MOST[architecture]:
+            iterate_kernel[(count,)](
+                matrices, *matrices.stride(), matrix.new_empty(count, MATRICES, size, size), pinv, size,
+                ITERATIONS=iterations, BLOCK=block,
+                **tuning.choose("iterate", architecture, block), **_triton.FUSED,
+            )  # fmt: skip
+            return pinv
         chip_kernel[(count,)](
             matrices, *matrices.stride(), pinv, size, ITERATIONS=iterations, BLOCK=block,
             **tuning.choose("chip", architecture, block), **_triton.FUSED,
@@ -447,19 +443,16 @@ def iterative_pinv_backward(grad_output: Tensor, matrix: Tensor, iterations: int
     size = matrix.shape[-1]
     if matrix.numel() == 0:
         return matrix.new_empty(matrix.shape)
-    matrices = within_32_bits(matrix)
-    grads = grad_output.reshape(-1, size, size)
-    count, block = len(matrices), _triton.tile(size)
+    matrices, grads = within_32_bits(matrix), within_32_bits(grad_output)
     with _triton.launch_on(matrix):
         if global_init or size > ON_CHIP:
-            return _tiled_backward(grads, matrices, iterations, global_init).view(matrix.shape)
+            return tiled_backward(grads, matrices, iterations, global_init)[0].view(matrix.shape)
         grad_matrix = matrix.new_empty(matrix.shape)
-        iterates = matrix.new_empty(count, ITERATES * iterations + 1, size, size)
-        work = matrix.new_empty(count, 5, size, size)
-        work[:, 0] = grads
+        count, block = len(matrices), _triton.tile(size)
         backward_kernel[(count,)](
-            matrices, *matrices.stride(), work, iterates, grad_matrix, size,
-            ITERATIONS=iterations, BLOCK=block,
+            matrices, *matrices.stride(), grads, *grads.stride(),
+            matrix.new_empty(count, 2 * MATRICES, size, size), grad_matrix, size, ITERATIONS=iterations, BLOCK=block,
+            CHIP=block <= tuning.CHIP_MOST_BACKWARD[_triton.architecture(matrix)],
             **tuning.choose("backward", _triton.architecture(matrix), block), **_triton.FUSED,
         )  # fmt: skip
     return grad_matrix

@@ -10,6 +10,7 @@ Config = dict[str, int]
 # The largest tile of the forward whose operands all stay on chip: above it registers spill.
 CHIP_MOST = {80: 64, 90: 128, 100: 64}
 CHIP_MOST_BESIDE = {80: 32, 90: 64, 100: 64}  # in a kernel that does something else too
+CHIP_MOST_BACKWARD = {80: 32, 90: 64, 100: 32}  # of the backward, with twice the matrices; 3.6.0 fails at 64 on sm_100
 
 ARCHITECTURES = (80, 90, 100)
 
@@ -20,12 +21,13 @@ CANDIDATES = {
     "iterate": TILED,
     "backward": TILED,
     "core_backward": TILED,
-    "product": ("32x32/4/3", "64x32/4/3", "64x32/8/3", "64x64/8/3", "128x32/8/3"),
+    "product": ("64x16/8/3", "64x16/8/4", "64x32/8/2", "64x32/8/3"),
 }
 
 # By kernel and architecture, the configurations for these columns, the side of the matrix's tile: `chip` holds a matrix
-# whole, `iterate` and `backward` work through memory, where 16 columns a step spill nothing. `beside` is the inverse in
-# a pass of nystrom_attention, `core_backward` its gradient there; `product` makes one tile a program, for M > 128.
+# whole, `iterate` and `backward` work through memory, where 16 columns a step spill nothing, but for what the backward
+# holds whole, too: there only its warps count. `beside` is the inverse in a pass of nystrom_attention, `core_backward`
+# its gradient there, whose other products take these tiles; `product` makes one tile a program, for M > 128.
 COLUMNS = (16, 32, 64, 128)
 TABLE = {
     (kernel, architecture): row
@@ -35,10 +37,16 @@ TABLE = {
         "backward": ("16x16/1/1", "32x16/4/1", "64x16/8/1", "64x16/8/1"),
         "beside": ("16x16/1/1", "32x16/4/1", "64x16/8/1", "64x16/8/1"),
         "core_backward": ("16x16/4/1", "32x16/4/1", "64x16/8/1", "64x16/8/1"),
-        "product": ("64x32/4/3",) * 4,
+        "product": ("64x32/8/3",) * 4,
     }.items()
     for architecture in ARCHITECTURES
-} | {("product", 80): ("64x32/8/3",) * 4}
+} | {
+    ("product", 80): ("64x16/8/3",) * 4,
+    ("backward", 90): ("16x16/1/1", "32x16/4/1", "64x16/4/1", "64x16/8/1"),
+    ("core_backward", 80): ("16x16/4/1", "32x16/4/1", "32x16/4/1", "64x16/8/1"),
+    ("core_backward", 90): ("16x16/4/1", "32x16/4/1", "64x16/4/1", "64x16/8/1"),
+    ("core_backward", 100): ("16x16/4/1", "32x16/4/1", "64x16/4/1", "64x16/8/1"),
+}
 
 
 def named(name: str) -> Config:

@@ -176,15 +176,15 @@ def nystrom_attention(
     return output, query_means, key_means, context, mixed, logsumexp
 
 
-def _core_options(sizes: Sizes, iterations: int, global_init: bool, save: bool) -> tuple[dict[str, object], int]:
-    """Options of a launch that may hold the program of A and its inverse, and the warps that it wants."""
+def _core_options(sizes: Sizes, iterations: int, global_init: bool) -> tuple[dict[str, object], int]:
+    """Options of the pass over the keys, which may hold the program of A's inverse, and the warps that this wants."""
     block = _triton.tile(sizes.landmarks)
     fused = not global_init and sizes.landmarks <= pinv.ON_CHIP
     tiled = pinv_tuning.choose("beside", sizes.architecture, block)
     return {
         "CORE": int(fused),
         "ITERATIONS": iterations,
-        "CHIP": not save and block <= pinv_tuning.CHIP_MOST_BESIDE[sizes.architecture],
+        "CHIP": block <= pinv_tuning.CHIP_MOST_BESIDE[sizes.architecture],
         "BLOCK_C": min(block, 128),
         "CORE_D": min(sizes.block_d, 32),
         "TILE": tiled["TILE"],
@@ -199,7 +199,7 @@ def _core(sizes: Sizes, query_means: Tensor, key_means: Tensor, plan: Plan, scal
     row_blocks = triton.cdiv(sizes.landmarks, 16)
     forward.core_kernel[(sizes.rows * row_blocks,)](
         query_means, key_means, *_landmark_masks(plan, core).values(), core, sizes.heads, sizes.landmarks,
-        sizes.head_dim, scale, row_blocks, HAS_ABSENT=plan.key_landmark_mask is not None, ROWS=16, BLOCK_C=block,
+        sizes.head_dim, scale, row_blocks, HAS_ABSENT=plan.key_landmark_mask is not None, BLOCK_C=block,
         BLOCK_D=16, num_warps=8 if block > 128 else 4, num_stages=2, **_triton.FUSED,
     )  # fmt: skip
     return core
@@ -211,10 +211,9 @@ def _landmark_values(
 ) -> Outputs:  # fmt: skip
     """(G V, W, logsumexp of G): the pass over the keys with the inverse beside it, then the product of both."""
     count, dim = sizes.landmarks, sizes.value_dim
-    core_options, core_warps = _core_options(sizes, iterations, global_init, save=False)
-    matrices = 1 if core_options["CHIP"] else pinv.ITERATES * iterations + 1
-    iterates = query_means.new_empty(sizes.rows, matrices, count, count) if core_options["CORE"] else query_means
-    core = query_means.new_empty(sizes.rows, count, count) if core_options["CORE"] else query_means
+    core_options, core_warps = _core_options(sizes, iterations, global_init)
+    matrices = 1 if core_options["CHIP"] else pinv.MATRICES
+    work = query_means.new_empty(sizes.rows, matrices, count, count) if core_options["CORE"] else query_means
     split = tuning.split_tokens(sizes.keys, sizes.architecture)
     splits = triton.cdiv(sizes.keys, split)
     sums = query_means.new_empty(sizes.rows, splits, count, dim)
@@ -227,13 +226,13 @@ def _landmark_values(
     m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
     forward.landmark_kernel[(sizes.rows * (splits * m_blocks + int(core_options["CORE"])),)](  # type: ignore[call-overload]
         key, *key.stride(), value, *value.stride(), _as_bytes(mask, sums), *_mask_strides(mask),
-        query_means, key_means, *masks.values(), core, iterates, sums, largest, totals,
+        query_means, key_means, *masks.values(), work, sums, largest, totals,
         sizes.heads, sizes.keys, count, sizes.head_dim, dim, splits, m_blocks, scale,
         KEY_ACCESS=access(key), VALUE_ACCESS=access(value),
         HAS_MASK=mask is not None, HAS_ABSENT=plan.key_landmark_mask is not None, SPLIT=split, **core_options, **tiles,
     )  # fmt: skip
     if core_options["CORE"]:
-        inverse = iterates[:, -1]
+        inverse = work[:, 0 if core_options["CHIP"] else 1]
     else:
         inverse = pinv.iterative_pinv(_core(sizes, query_means, key_means, plan, scale), iterations, global_init)
         inverse = inverse.view(sizes.rows, count, count)
@@ -319,8 +318,8 @@ def nystrom_attention_backward(
         if not _same(plan.query_index, plan.key_index):
             key_members = _members(plan.key_index, grids.key_grid, grids.landmark_grid, num_landmarks)
         stats = pass_.query_stats()
-        sums, core, iterates = pass_.query_sums(stats)
-        grad_context, delta, grad_query_means = pass_.core(sums, core, iterates)
+        sums, core = pass_.query_sums(stats)
+        grad_context, delta, grad_query_means = pass_.core(sums, core)
         grad_key, grad_value, grad_query_means = pass_.keys(sums, grad_context, delta, grad_query_means, key_members)
         grad_query = pass_.query(stats, grad_query_means, query_members)
     empty = query_means.new_empty(0)
@@ -372,61 +371,58 @@ class Backward(NamedTuple):
         )  # fmt: skip
         return row_scale, delta
 
-    def query_sums(self, stats: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """dW and d K~ through F as rows (B H, M (E + D)), A, and its iterates with Z last."""
+    def query_sums(self, stats: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """dW and d K~ through F as rows (B H, M (E + D)), and A (B H, M, M)."""
         sizes, count = self.sizes, self.sizes.landmarks
-        options, core_warps = _core_options(sizes, self.iterations, self.global_init, save=True)
+        core_blocks = triton.cdiv(count, 16) if count <= pinv.ON_CHIP else 0
         core = self.query_means.new_empty(sizes.rows, count, count)
-        matrices = pinv.ITERATES * self.iterations + 1
-        iterates = self.query_means.new_empty(sizes.rows, matrices, count, count) if options["CORE"] else core
         split = tuning.split_tokens(sizes.queries, sizes.architecture)
         splits = triton.cdiv(sizes.queries, split)
         width = count * (sizes.head_dim + sizes.value_dim)
         parts = self.query_means.new_empty(sizes.rows, splits, width)
         tiles = sizes.tiles("query_sums")
-        if options["CORE"]:
-            tiles["num_warps"] = max(tiles["num_warps"], core_warps)
         m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
         row_scale, delta = (parts, parts) if stats is None else stats
-        backward.query_sums_kernel[(sizes.rows * (splits * m_blocks + int(options["CORE"])),)](  # type: ignore[call-overload]
+        backward.query_sums_kernel[(sizes.rows * (splits * m_blocks + core_blocks),)](
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
             self.query_means, self.key_means, self.mixed, *_landmark_masks(self.plan, parts).values(),
-            row_scale, delta, core, iterates, parts,
+            row_scale, delta, core, parts,
             sizes.heads, sizes.queries, count, sizes.head_dim, sizes.value_dim, splits, m_blocks, self.scale,
-            **self.query_access, HAS_ABSENT=self.has_absent, MANY=stats is not None, SPLIT=split, **options, **tiles,
+            **self.query_access, HAS_ABSENT=self.has_absent, MANY=stats is not None, SPLIT=split,
+            CORE=core_blocks, BLOCK_C=_triton.tile(count, pinv.ON_CHIP), CORE_D=min(sizes.block_d, 32), **tiles,
         )  # fmt: skip
-        if not options["CORE"]:
+        if not core_blocks:
             core = _core(sizes, self.query_means, self.key_means, self.plan, self.scale).view(core.shape)
-            iterates = pinv.iterative_pinv(core, self.iterations, self.global_init)[:, None]
-        return _reduced(parts), core, iterates
+        return _reduced(parts), core
 
-    def core(self, sums: Tensor, core: Tensor, iterates: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def core(self, sums: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """d(G V), its row sums against G V, and d Q~ through A; d K~ is completed in `sums`."""
         sizes, count = self.sizes, self.sizes.landmarks
         fused = not self.global_init and count <= pinv.ON_CHIP
         grad_context, grad_query_means = torch.empty_like(self.context), torch.empty_like(self.query_means)
         delta = torch.empty_like(self.logsumexp)
-        work = core.new_empty(sizes.rows, 5, count, count)
         grad_core = torch.empty_like(core)
 
-        def launch(grad_core: Tensor, **parts: bool) -> None:
+        def launch(work: Tensor, inverse: Tensor, grad_core: Tensor, **parts: bool) -> None:
             block = _triton.tile(count)
             backward.core_backward_kernel[(sizes.rows,)](
-                sums, self.context, core, iterates, iterates.stride(0), self.query_means, self.key_means,
+                sums, self.context, core, work, inverse, inverse.stride(0), self.query_means, self.key_means,
                 _landmark_masks(self.plan, sums)["p_query_absent"], _as_bytes(self.plan.exact_rows, sums),
-                grad_context, delta, work, grad_core, grad_query_means,
+                grad_context, delta, grad_core, grad_query_means,
                 sizes.heads, count, sizes.head_dim, sizes.value_dim, self.scale,
                 HAS_ABSENT=self.has_absent, HAS_EXACT=self.plan.exact_rows is not None, **parts,
                 ITERATIONS=self.iterations, BLOCK_C=block,
+                CHIP=block <= pinv_tuning.CHIP_MOST_BACKWARD[sizes.architecture],
                 **pinv_tuning.choose("core_backward", sizes.architecture, block), **_triton.FUSED,
             )  # fmt: skip
 
         if fused:
-            launch(grad_core, FIRST=True, PINV=True, LAST=True)
+            work = core.new_empty(sizes.rows, 2 * pinv.MATRICES, count, count)
+            launch(work, work[:, 1], grad_core, FIRST=True, PINV=True, LAST=True)
         else:
-            launch(grad_core, FIRST=True, PINV=False, LAST=False)
-            grad_core = pinv.iterative_pinv_backward(work[:, 0], core, self.iterations, self.global_init)
-            launch(grad_core, FIRST=False, PINV=False, LAST=True)
+            launch(core, core, grad_core, FIRST=True, PINV=False, LAST=False)
+            grad_core, inverse = pinv.tiled_backward(grad_core, core, self.iterations, self.global_init)
+            launch(core, inverse, grad_core, FIRST=False, PINV=False, LAST=True)
         return grad_context, delta, grad_query_means
 
     def keys(

@@ -2,8 +2,8 @@
 
 Letters as in `triton_forward`. F and G are computed again from landmarks, and nothing N x M is stored:
 
-    query_sums   dW = F^T dO and d K~ through F, over splits of the queries; beside it A and its iterates
-    core         d(G V) = Z^T dW, dZ = dW (G V)^T, back through every iterate and A's softmax
+    query_sums   dW = F^T dO and d K~ through F, over splits of the queries; beside it A
+    core         dZ = dW (G V)^T; Z and dA beside each other; d(G V) = Z^T dW, and back through A's softmax
     keys         dK and dV through G, and d Q~ over splits of the keys
     query        dQ through F
 
@@ -14,14 +14,14 @@ import triton
 import triton.language as tl
 
 from nystromgan._triton import dot
-from nystromgan.ops.iterative_pinv.triton import backward_steps, start_gradient
+from nystromgan.ops.iterative_pinv.triton import iterate_backward
 from nystromgan.ops.nystrom_attention.triton_forward import (
     LOG2E,
     absent,
-    core_inverse,
     head_of,
     load_landmarks,
     load_tokens,
+    store_core_rows,
     store_tokens,
 )
 from nystromgan.ops.nystrom_attention.triton_pool import membership
@@ -92,22 +92,24 @@ def query_stats_kernel(
 @triton.jit
 def query_sums_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_query_means, p_key_means, p_mixed,
-    p_query_absent, p_key_absent, p_row_scale, p_delta, p_core, p_iterates, p_sums,
+    p_query_absent, p_key_absent, p_row_scale, p_delta, p_core, p_sums,
     H, N, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
     QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr,
-    HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, ITERATIONS: tl.constexpr, CHIP: tl.constexpr,
-    BLOCK_C: tl.constexpr, CORE_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+    HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, BLOCK_C: tl.constexpr, CORE_D: tl.constexpr,
     MANY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW (M, E) and then d K~ (M, D) of BLOCK_M landmarks over one split of the queries."""
+    """dW (M, E) and then d K~ (M, D) of BLOCK_M landmarks over one split of the queries.
+
+    A head's first CORE programs are A, 16 rows each.
+    """
     per_head = splits * m_blocks + CORE
     i_bh = tl.program_id(0) // per_head
     i = tl.program_id(0) % per_head - CORE
     if i < 0:
-        core_inverse(
-            p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates, i_bh, H, M, D, scale,
-            HAS_ABSENT, ITERATIONS, CHIP, BLOCK_C, CORE_D, TILE, TILE_K,
+        store_core_rows(
+            p_query_means, p_key_means, p_query_absent, p_key_absent, p_core + i_bh.to(tl.int64) * M * M,
+            (i + CORE) * 16, i_bh, H, M, D, scale, HAS_ABSENT, BLOCK_C, CORE_D,
         )  # fmt: skip
     else:
         i_split = i // m_blocks
@@ -179,14 +181,32 @@ def panel_product(
 
 
 @triton.jit
-def _value_gradients(
-    p_grad_mixed, p_context, p_pinv, p_query_absent, p_exact, p_grad_context, p_delta, p_grad_pinv, i_b, M, E,
-    HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
-):  # fmt: skip
-    """d(G V) = Z^T dW, its row sums against G V, and dZ = dW (G V)^T; zeros in an exact row, whose W is not Z G V."""
+def _kept(p_exact, i_b, HAS_EXACT: tl.constexpr):
+    """0 in an exact row, whose W is not Z G V, else 1."""
     keep = 1.0
     if HAS_EXACT:
         keep = tl.where(tl.load(p_exact + i_b) != 0, 0.0, 1.0)
+    return keep
+
+
+@triton.jit
+def _pinv_gradient(p_grad_mixed, p_context, p_grad_pinv, keep, M, E, TILE: tl.constexpr, TILE_K: tl.constexpr):
+    """dZ = dW (G V)^T."""
+    for row in tl.range(0, M, TILE, num_stages=1):
+        o_r = row + tl.arange(0, TILE)
+        for column in tl.range(0, M, TILE, num_stages=1):
+            o_c = column + tl.arange(0, TILE)
+            b_grad = panel_product(p_grad_mixed, E, 1, p_context, 1, E, o_r, o_c, M, M, E, TILE, TILE, TILE_K)
+            inside = (o_r[:, None] < M) & (o_c[None, :] < M)
+            tl.store(p_grad_pinv + o_r[:, None] * M + o_c[None, :], b_grad * keep, mask=inside)
+
+
+@triton.jit
+def _context_gradient(
+    p_grad_mixed, p_context, p_pinv, p_query_absent, p_grad_context, p_delta, keep, i_b, M, E,
+    HAS_ABSENT: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+):  # fmt: skip
+    """d(G V) = Z^T dW and its row sums against G V."""
     for row in tl.range(0, M, TILE, num_stages=1):
         o_r = row + tl.arange(0, TILE)
         b_keep = tl.where(absent(p_query_absent, i_b, o_r, M, HAS_ABSENT), 0.0, keep)
@@ -200,11 +220,6 @@ def _value_gradients(
             tl.store(p_grad_context + offsets, b_grad, mask=inside)
             b_delta += tl.sum(b_grad * tl.load(p_context + offsets, mask=inside, other=0.0), 1)
         tl.store(p_delta + o_r, b_delta, mask=o_r < M)
-        for column in tl.range(0, M, TILE, num_stages=1):
-            o_c = column + tl.arange(0, TILE)
-            b_grad = panel_product(p_grad_mixed, E, 1, p_context, 1, E, o_r, o_c, M, M, E, TILE, TILE, TILE_K)
-            inside = (o_r[:, None] < M) & (o_c[None, :] < M)
-            tl.store(p_grad_pinv + o_r[:, None] * M + o_c[None, :], b_grad * keep, mask=inside)
 
 
 @triton.jit
@@ -238,34 +253,36 @@ def _landmark_gradients(
 
 @triton.jit
 def core_backward_kernel(
-    p_sums, p_context, p_core, p_iterates, s_iterates, p_query_means, p_key_means, p_query_absent, p_exact,
-    p_grad_context, p_delta, p_work, p_grad_core, p_grad_query_means, H, M, D, E, scale,
+    p_sums, p_context, p_core, p_work, p_pinv, s_pinv, p_query_means, p_key_means, p_query_absent, p_exact,
+    p_grad_context, p_delta, p_grad_core, p_grad_query_means, H, M, D, E, scale,
     HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, FIRST: tl.constexpr, PINV: tl.constexpr, LAST: tl.constexpr,
-    ITERATIONS: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
+    ITERATIONS: tl.constexpr, CHIP: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """From dW and G V to the landmarks, one program a head; FIRST, PINV and LAST are its three parts.
 
-    p_sums holds dW and d K~, and gets d K~ complete; p_iterates ends with Z; dZ is the first matrix of p_work.
+    p_sums holds dW and d K~, and gets d K~ complete; p_grad_core gets dZ and then dA. Z is read by LAST from p_pinv.
     D and E are no constants here: a loop over them that is known to turn once is unrolled, and sm_100 spills.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     p_sums += i_bh * M * (D + E)
-    p_iterates += i_bh * s_iterates
-    p_work += i_bh * 5 * M * M
+    p_context += i_bh * M * E
     p_core += i_bh * M * M
     p_grad_core += i_bh * M * M
+    keep = _kept(p_exact, i_bh // H, HAS_EXACT)
     if FIRST:
-        _value_gradients(
-            p_sums, p_context + i_bh * M * E, p_iterates + s_iterates - M * M, p_query_absent, p_exact,
-            p_grad_context + i_bh * M * E, p_delta + i_bh * M, p_work, i_bh // H, M, E,
-            HAS_ABSENT, HAS_EXACT, TILE, TILE_K,
-        )  # fmt: skip
+        _pinv_gradient(p_sums, p_context, p_grad_core, keep, M, E, TILE, TILE_K)
     if PINV:
         tl.debug_barrier()
-        backward_steps(p_core, M, 1, p_iterates, p_work, p_grad_core, M, ITERATIONS, TILE, TILE_K, BLOCK_C // TILE)
-        start_gradient(p_core, M, 1, p_work, p_grad_core, M, BLOCK_C)
+        iterate_backward(
+            p_core, M, 1, p_grad_core, M, 1, p_work + i_bh * 10 * M * M, p_grad_core, M,
+            ITERATIONS, CHIP, BLOCK_C, TILE, TILE_K,
+        )  # fmt: skip
         tl.debug_barrier()
     if LAST:
+        _context_gradient(
+            p_sums, p_context, p_pinv + i_bh * s_pinv, p_query_absent, p_grad_context + i_bh * M * E,
+            p_delta + i_bh * M, keep, i_bh // H, M, E, HAS_ABSENT, TILE, TILE_K,
+        )  # fmt: skip
         _landmark_gradients(
             p_core, p_grad_core, p_query_means + i_bh * M * D, p_key_means + i_bh * M * D,
             p_grad_query_means + i_bh * M * D, p_sums + M * E, M, D, scale, BLOCK_C, TILE, TILE_K,

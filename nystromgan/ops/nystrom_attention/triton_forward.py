@@ -94,56 +94,61 @@ def core_rows(
 
 
 @triton.jit
-def core_kernel(
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, H, M, D: tl.constexpr, scale, row_blocks,
-    HAS_ABSENT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+def store_core_rows(
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, start, i_bh, H, M, D: tl.constexpr, scale,
+    HAS_ABSENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A alone, ROWS rows a program: where its inverse takes launches of its own."""
-    i_bh = tl.program_id(0) // row_blocks
-    o_r = (tl.program_id(0) % row_blocks) * ROWS + tl.arange(0, ROWS)
-    o_c = tl.arange(0, BLOCK_C)
+    """Rows start to start + 16 of A to a head's (M, M) matrix."""
+    o_r, o_c = start + tl.arange(0, 16), tl.arange(0, BLOCK_C)
     b_core = core_rows(
         p_query_means, p_key_means, absent(p_query_absent, i_bh // H, o_r, M, HAS_ABSENT),
         absent(p_key_absent, i_bh // H, o_c, M, HAS_ABSENT), i_bh, o_r, o_c, M, D, scale, BLOCK_D,
     )  # fmt: skip
-    inside = (o_r[:, None] < M) & (o_c[None, :] < M)
-    tl.store(p_core + i_bh.to(tl.int64) * M * M + o_r[:, None] * M + o_c[None, :], b_core, mask=inside)
+    tl.store(p_core + o_r[:, None] * M + o_c[None, :], b_core, mask=(o_r[:, None] < M) & (o_c[None, :] < M))
+
+
+@triton.jit
+def core_kernel(
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, H, M, D: tl.constexpr, scale, row_blocks,
+    HAS_ABSENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A alone, 16 rows a program: where its inverse takes launches of its own."""
+    i_bh = tl.program_id(0) // row_blocks
+    store_core_rows(
+        p_query_means, p_key_means, p_query_absent, p_key_absent, p_core + i_bh.to(tl.int64) * M * M,
+        (tl.program_id(0) % row_blocks) * 16, i_bh, H, M, D, scale, HAS_ABSENT, BLOCK_C, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
 def core_inverse(
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates, i_bh, H, M, D: tl.constexpr, scale,
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, i_bh, H, M, D: tl.constexpr, scale,
     HAS_ABSENT: tl.constexpr, ITERATIONS: tl.constexpr, CHIP: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
-    """A and its iterates in one program; with CHIP only the last, into the first matrix of p_iterates."""
-    o_c = tl.arange(0, BLOCK_C)
-    p_core += i_bh.to(tl.int64) * M * M
+    """Z in one program: with CHIP p_work is its place, else the 5 matrices of `iterate`, of which it is the second."""
     if CHIP:
+        o_c = tl.arange(0, BLOCK_C)
         b_core = core_rows(
             p_query_means, p_key_means, absent(p_query_absent, i_bh // H, o_c, M, HAS_ABSENT),
             absent(p_key_absent, i_bh // H, o_c, M, HAS_ABSENT), i_bh, o_c, o_c, M, D, scale, BLOCK_D,
         )  # fmt: skip
         b_pinv = chip_steps(b_core, tl.trans(b_core) / initial_scale(b_core), ITERATIONS)
-        store_matrix(p_iterates + i_bh.to(tl.int64) * M * M, b_pinv, M, BLOCK_C)
+        store_matrix(p_work + i_bh.to(tl.int64) * M * M, b_pinv, M, BLOCK_C)
     else:
+        p_work += i_bh.to(tl.int64) * 5 * M * M
         for start in range(0, M, 16):
-            o_r = start + tl.arange(0, 16)
-            b_core = core_rows(
-                p_query_means, p_key_means, absent(p_query_absent, i_bh // H, o_r, M, HAS_ABSENT),
-                absent(p_key_absent, i_bh // H, o_c, M, HAS_ABSENT), i_bh, o_r, o_c, M, D, scale, BLOCK_D,
+            store_core_rows(
+                p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, start, i_bh, H, M, D, scale,
+                HAS_ABSENT, BLOCK_C, BLOCK_D,
             )  # fmt: skip
-            inside = (o_r[:, None] < M) & (o_c[None, :] < M)
-            tl.store(p_core + o_r[:, None] * M + o_c[None, :], b_core, mask=inside)
-        tl.debug_barrier()
-        p_iterates += i_bh.to(tl.int64) * (4 * ITERATIONS + 1) * M * M
-        iterate(p_core, M, 1, p_iterates, M, ITERATIONS, BLOCK_C, TILE, TILE_K)
+        iterate(p_work, M, ITERATIONS, False, False, BLOCK_C, TILE, TILE_K)
 
 
 @triton.jit
 def landmark_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates,
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_work,
     p_sums, p_largest, p_totals, H, S, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
     KEY_ACCESS: tl.constexpr, VALUE_ACCESS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, ITERATIONS: tl.constexpr,
@@ -160,7 +165,7 @@ def landmark_kernel(
     i = tl.program_id(0) % per_head - CORE
     if i < 0:
         core_inverse(
-            p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, p_iterates, i_bh, H, M, D, scale,
+            p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, i_bh, H, M, D, scale,
             HAS_ABSENT, ITERATIONS, CHIP, BLOCK_C, CORE_D, TILE, TILE_K,
         )  # fmt: skip
     else:
