@@ -5,9 +5,7 @@ The interpreter wants its variable before triton is imported, so without a GPU t
 
 import functools
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,10 +34,8 @@ ROUNDED = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda"
 
 if DEVICE == "cpu" and not _env.triton_interpret():
 
-    def test_under_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    def test_under_the_interpreter(interpreted: Callable[[str], None]) -> None:
+        interpreted(__file__)
 
 else:
     from nystromgan.ops.iterative_pinv import tuning as pinv_tuning

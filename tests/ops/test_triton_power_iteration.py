@@ -1,8 +1,6 @@
 """The Triton kernels of power_iteration against the definition: natively on a GPU, else under the interpreter."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,10 +15,8 @@ SHAPES = [(5, 27), (40, 72), (17, 50), (1, 1), (40, 16)]
 
 if DEVICE == "cpu" and not _env.triton_interpret():
 
-    def test_under_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    def test_under_the_interpreter(interpreted: Callable[[str], None]) -> None:
+        interpreted(__file__)
 
 else:
     from nystromgan.ops.power_iteration import triton as kernels

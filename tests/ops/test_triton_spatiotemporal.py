@@ -3,9 +3,7 @@
 The interpreter wants its variable before triton is imported, so without a GPU the tests run in a process of their own.
 """
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,10 +20,8 @@ CASES = [(1, 1, 1, 1, 1, 1), (2, 2, 4, 32, 33, 70), (1, 1, 8, 64, 65, 65), (1, 2
 
 if DEVICE == "cpu" and not _env.triton_interpret():
 
-    def test_under_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    def test_under_the_interpreter(interpreted: Callable[[str], None]) -> None:
+        interpreted(__file__)
 
 else:
     from nystromgan.ops.spatiotemporal_attention import triton as kernels
