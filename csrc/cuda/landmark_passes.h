@@ -1,6 +1,7 @@
 // Means over an index, and what stands between the passes over tokens: softmax of A, splits put together, small products.
 #pragma once
 
+#include "blocks.h"
 #include "landmarks.h"
 #include "matmul.h"
 

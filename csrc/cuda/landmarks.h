@@ -18,10 +18,6 @@ struct Index {
   Grid grid{};
 };
 
-DEVICE int landmark_of(const Index& index, int64_t batch, int64_t head, int token) {
-  return index.data ? index.data[batch * index.batch + head * index.head + token] : block_of(index.grid, token);
-}
-
 // Sums and counts of every landmark's tokens, by splits of the tokens.
 struct IndexSums {
   Operand tokens;

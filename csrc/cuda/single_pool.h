@@ -1,6 +1,7 @@
 // Phase 1 of nystrom_single.h: sums of tokens over their landmarks, as a product of the one-hot index and the tokens.
 #pragma once
 
+#include "blocks.h"
 #include "nystrom_single.h"
 #include "tokens.h"
 
