@@ -70,6 +70,25 @@ class TestIndex:
         assert index.tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3]]
 
 
+@pytest.mark.parametrize("backend", [name for name in backends_of("nystrom_attention") if name != "reference"])
+@pytest.mark.parametrize(("grid", "counts"), [((67,), (8,)), ((5, 13), (2, 4)), ((3, 5, 7), (3, 2, 2))])
+@pytest.mark.parametrize("laid_out", [(True, True), (False, True), (True, False)])
+def test_an_op_works_out_the_blocks_or_is_told_them(
+    backend: str, grid: tuple[int, ...], counts: tuple[int, ...], laid_out: tuple[bool, bool]
+) -> None:
+    device = device_of(backend)
+    inputs = attention_inputs(queries=math.prod(grid), device=device)
+    index = grid_index(grid, counts, torch.device(device))
+    results = []
+    for indices in ((index, index), tuple(None if alone else index for alone in laid_out)):
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        options = (None, None, *indices, *(None,) * 4, grid, grid, counts, math.prod(counts), 0.3, 2, False)
+        output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *options, backend)
+        results.append([output, *saved, *torch.autograd.grad(output.square().sum(), leaves)])
+    for value, expected in zip(*results, strict=True):
+        assert relative_error(value, expected) < 2e-6
+
+
 @on_every_backend
 class TestPooled:
     @pytest.mark.parametrize(
@@ -80,25 +99,6 @@ class TestPooled:
         pooled = nystrom_attention(**inputs, num_landmarks=counts, grid=grid, backend=backend)
         landmarks = {f"{name}_landmarks": block_means(inputs[name], grid, counts) for name in ("query", "key")}
         assert relative_error(pooled, nystrom_attention(**inputs, **landmarks, backend=backend)) < 1e-5
-
-    @pytest.mark.parametrize(("grid", "counts"), [((67,), (8,)), ((5, 13), (2, 4)), ((3, 5, 7), (3, 2, 2))])
-    @pytest.mark.parametrize("laid_out", [(True, True), (False, True), (True, False)])
-    def test_an_op_works_out_the_blocks_or_is_told_them(
-        self, backend: str, grid: tuple[int, ...], counts: tuple[int, ...], laid_out: tuple[bool, bool]
-    ) -> None:
-        if backend == "reference":
-            pytest.skip("the definition is not behind the op")
-        device = device_of(backend)
-        inputs = attention_inputs(queries=math.prod(grid), device=device)
-        index = grid_index(grid, counts, torch.device(device))
-        results = []
-        for indices in ((index, index), tuple(None if alone else index for alone in laid_out)):
-            leaves = [x.detach().requires_grad_() for x in inputs.values()]
-            options = (None, None, *indices, *(None,) * 4, grid, grid, counts, math.prod(counts), 0.3, 2, False)
-            output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *options, backend)
-            results.append([output, *saved, *torch.autograd.grad(output.square().sum(), leaves)])
-        for value, expected in zip(*results, strict=True):
-            assert relative_error(value, expected) < 2e-6
 
     def test_grids_of_queries_and_of_keys(self, backend: str) -> None:
         inputs = attention_inputs(queries=6 * 7, keys=4 * 9, device=device_of(backend))
