@@ -131,6 +131,7 @@ def _runs(sizes: tuple[int, ...], dtype: str) -> Iterator[tuple[Case, str, tuple
         yield segments, BOTH, ("query_stats",)
     else:
         yield _clustered(sizes, dtype), FORWARD, ("index_sum", "lloyd")
+        yield _convolved(sizes, dtype), BOTH, ("weight_gradient",)
 
 
 def _rank(sizes: tuple[int, ...], dtype: str) -> int:
@@ -141,6 +142,12 @@ def _rank(sizes: tuple[int, ...], dtype: str) -> int:
 
 def _segments(sizes: tuple[int, ...], dtype: str) -> Case:
     return nystrom_attention.landmark_case("tokens", sizes, dtype, "cuda")._replace(peers={})
+
+
+def _convolved(sizes: tuple[int, ...], dtype: str) -> Case:
+    """With a convolution of the values beside the attention."""
+    made = nystrom_attention.convolved_case(sizes[2], dtype, "cuda").make
+    return _segments(sizes, dtype)._replace(group="convolution", make=made)
 
 
 def _clustered(sizes: tuple[int, ...], dtype: str) -> Case:

@@ -36,6 +36,9 @@ EAGER_NOISE = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 1e-4}
 NATIVE_DTYPES = _backend.NATIVE_DTYPES
 
 
+FINISHING = ("conv_weight", "gamma", "residual")  # what nystrom_attention may do to F Z (G V)
+
+
 def backends_of(op: str) -> tuple[str, ...]:
     """The backends that can run `op` on this machine now: parametrise tests with it, and they grow with the machine."""
     return tuple(name for name in _backend.IMPLEMENTED[op] if not _backend.unsupported_reasons(op, name, []))
@@ -90,6 +93,21 @@ def attention_inputs(
         "key": tokens(batch, heads, keys, head_dim, dtype=dtype, device=device, seed=3 * seed + 1),
         "value": normal(batch, heads, keys, value_dim, dtype=dtype, device=device, seed=3 * seed + 2),
     }
+
+
+def finishing(inputs: Mapping[str, Tensor], names: Sequence[str] = FINISHING, taps: int = 5) -> dict[str, Tensor]:
+    """Those of conv_weight, gamma and residual that `names` has, for attention_inputs of as many queries as keys."""
+    batch, heads, tokens, value_dim = inputs["value"].shape
+    shapes = {"conv_weight": (heads, taps), "gamma": (), "residual": (batch, heads, tokens, value_dim)}
+    value = inputs["value"]
+    drawn = {
+        name: normal(*shapes[name], dtype=value.dtype, device=value.device.type, seed=100 + i)
+        for i, name in enumerate(FINISHING)
+        if name in names
+    }
+    if "conv_weight" in drawn:
+        drawn["conv_weight"] /= taps**0.5
+    return drawn
 
 
 def map_inputs(

@@ -30,6 +30,18 @@ def segment_means(tokens: Tensor, num_landmarks: int) -> Tensor:
     return tokens.unflatten(2, (num_landmarks, -1)).mean(3)
 
 
+def convolved(make: Callable[[int], Form], num_landmarks: int) -> Form:
+    """A form with the depthwise convolution of the values that Nyströmformer adds, by torch's conv2d."""
+    attend = make(num_landmarks)
+
+    def form(query: Tensor, key: Tensor, value: Tensor, conv_weight: Tensor) -> Tensor:
+        heads, taps = conv_weight.shape
+        added = F.conv2d(value, conv_weight[:, None, :, None], padding=(taps // 2, 0), groups=heads)
+        return attend(query, key, value) + added
+
+    return form
+
+
 def two_sdpa(num_landmarks: int) -> Form:
     """G V and F (Z G V) each by torch's fused attention, which wants equal head dims; nothing N x M is stored."""
 

@@ -1,4 +1,4 @@
-"""Landmark attention: over tokens, at SAVGAN's shapes, clustered, and over a video's grid."""
+"""Landmark attention: over tokens, at SAVGAN's shapes, clustered, with a convolution, and over a video's grid."""
 
 import functools
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from nystromgan.bench.case import DTYPES, FORWARD, FULL, MODES, PASSES, PLAIN, C
 
 OP = "nystrom_attention"
 WINDOW = 7  # of neighbourhood attention, an axis
+TAPS = 33  # of the convolution beside the attention, as nystrom-attention has it unless told otherwise
 MAKERS = {
     "two SDPA calls": landmark.two_sdpa,
     "eager, F (Z (G V))": landmark.eager,
@@ -42,7 +43,7 @@ def cases(device: str) -> list[Case]:
     ]
     if device == "cuda":  # the sizes that FlashNystrom's authors give for an H100
         found.append(landmark_case("flashnystrom", (4, 16, 131072, 128, 128, 64), "bf16", device))
-    found += [clustered_case(16384, dtype, device) for dtype in ("fp32", "bf16")]
+    found += [make(16384, dtype, device) for make in (clustered_case, convolved_case) for dtype in ("fp32", "bf16")]
     return found + [video_case((8, 32, 32), dtype, device) for dtype in ("fp32", "bf16")]
 
 
@@ -119,9 +120,7 @@ def landmark_case(group: str, sizes: tuple[int, ...], dtype: str, device: str) -
             nystromgan.nystrom_attention, num_landmarks=landmarks, pinv_init="global_max", backend="reference"
         )
         for name, make in packages.installed().items():
-            peers[name] = Peer(
-                functools.partial(make, shape["H"], shape["D"], tokens, landmarks), coupled, coupled=True
-            )
+            peers[name] = Peer(functools.partial(make, shape["H"], shape["D"], landmarks), coupled, coupled=True)
     if group == "savgan":
         pairs = shape["B"] * shape["H"] * tokens**2
         peers["authors, N x N"] = Peer(
@@ -159,6 +158,25 @@ def clustered_case(tokens: int, dtype: str, device: str) -> Case:
         {PLAIN: Peer(lambda: plain("auto"), plain("reference"))},
         {mode: flop + assignment for mode, flop in flops.items()}, moved, {**shape, "N": 128},
         testing.Tolerance(5e-2, 0.2), heads=True, quick=dtype == "fp32",
+    )  # fmt: skip
+
+
+def convolved_case(tokens: int, dtype: str, device: str) -> Case:
+    """Nyströmformer's depthwise convolution of the values beside the attention, whose peers call torch's for it."""
+    shape = {"B": 1, "H": 8, "N": tokens, "D": 64, "E": 64, "M": 64}
+
+    def make(device: str, shape: Shape, seed: int) -> Inputs:
+        weight = draw.normal(shape["H"], TAPS, dtype=DTYPES[dtype], device=device, seed=99) / TAPS**0.5
+        return {**tokens_of(dtype)(device, shape, seed), "conv_weight": weight}
+
+    flops, moved = work(shape, dtype, device)
+    taps = 2.0 * TAPS * 8 * tokens * 64
+    return Case(
+        OP, "convolution", shape, dtype, make, ours(num_landmarks=64),
+        {f"{name} + conv2d": Peer(functools.partial(landmark.convolved, form, 64)) for name, form in MAKERS.items()
+         if form in FASTEST},
+        {mode: flop + taps * (1 if mode == FORWARD else 3) for mode, flop in flops.items()}, moved,
+        {**shape, "N": 128}, testing.TOLERANCES[DTYPES[dtype]], heads=True,
     )  # fmt: skip
 
 

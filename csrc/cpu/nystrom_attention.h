@@ -30,6 +30,9 @@ struct NystromProblem {
   LandmarkIndex query_index, key_index;
   const bool *key_padding_mask, *query_landmark_mask, *key_landmark_mask;  // [B, S], [B, M], [B, M]; null for none
   const bool* exact_rows;                                                  // [B]; null for none
+  const float* conv_weight;                                                // [H, taps]; null for none, with 0 taps
+  int64_t taps;
+  float gamma;  // 1 for none
   // Kept for the backward, and what it reads:
   float *query_means, *key_means;  // [B, H, M, D]
   float *context, *mixed;          // G V and Z (G V), [B, H, M, E]
@@ -39,13 +42,15 @@ struct NystromProblem {
 struct NystromForward {
   NystromProblem problem;
   bool pool_query, pool_key;  // whether the means are to be made, or are given
-  Tokens output;
+  Tokens residual;            // null for none
+  Tokens output;              // gamma (F W + convolution) + residual
 };
 
 struct NystromBackward {
   NystromProblem problem;
   Tokens grad_output, grad_query, grad_key, grad_value;
   float *grad_query_means, *grad_key_means;  // [B, H, M, D]
+  float *grad_conv_weight, *grad_gamma;      // [H, taps], []; null for none
 };
 
 struct ClusterProblem {

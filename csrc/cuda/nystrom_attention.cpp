@@ -119,13 +119,20 @@ Tensor means_of(const Tensor& tokens, const OptionalTensor& given, const std::op
   return means;
 }
 
+// The caller adds what follows F W (FUSED_EPILOGUE in library.py).
+void check_no_epilogue(bool none) {
+  STD_TORCH_CHECK(none, "on cuda the op takes no conv_weight, gamma or residual and writes rows of channels");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& query_landmarks,
     const OptionalTensor& key_landmarks, const OptionalTensor& query_index, const OptionalTensor& key_index,
     const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
-    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const Sizes& query_grid,
-    const Sizes& key_grid, const Sizes& landmark_grid, int64_t num_landmarks, double scale, int64_t pinv_iterations,
-    bool global_init) {
+    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const OptionalTensor& conv_weight,
+    const OptionalTensor& gamma, const OptionalTensor& residual, const Sizes& query_grid, const Sizes& key_grid,
+    const Sizes& landmark_grid, int64_t num_landmarks, double scale, int64_t pinv_iterations, bool global_init,
+    bool token_major) {
+  check_no_epilogue(!conv_weight && !gamma && !residual && token_major);
   const Call call(query, value,
                   {query_landmarks, key_landmarks, query_index, key_index, key_padding_mask, query_landmark_mask,
                    key_landmark_mask, exact_rows, query_grid, key_grid, landmark_grid},
@@ -306,14 +313,15 @@ struct Backward {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_means,
     const Tensor& key_means, const Tensor& context, const Tensor& mixed, const Tensor& logsumexp,
     const OptionalTensor& query_landmarks, const OptionalTensor& key_landmarks, const OptionalTensor& query_index,
     const OptionalTensor& key_index, const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
-    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const Sizes& query_grid,
-    const Sizes& key_grid, const Sizes& landmark_grid, int64_t num_landmarks, double scale, int64_t pinv_iterations,
-    bool global_init) {
+    const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const OptionalTensor& conv_weight,
+    const OptionalTensor& gamma, const Sizes& query_grid, const Sizes& key_grid, const Sizes& landmark_grid,
+    int64_t num_landmarks, double scale, int64_t pinv_iterations, bool global_init, bool token_major) {
+  check_no_epilogue(!conv_weight && !gamma && token_major);
   auto like = [](const Tensor& x) { return empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()); };
   const Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);
   auto none = [&] { return empty(query, {0}, ScalarType::Float); };  // one each: outputs of an op must not alias
@@ -331,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     pass.queries(grad_query);
   }
   return {grad_query, grad_key, grad_value, query_given ? pass.grad_query_means : none(),
-          key_given ? pass.grad_key_means : none()};
+          key_given ? pass.grad_key_means : none(), none(), none()};
 }
 
 std::tuple<Tensor, Tensor> cluster(

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nystromgan.ops.nystrom_attention import nystrom_attention
-from nystromgan.ops.nystrom_attention.convolution import depthwise_convolution
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -37,12 +36,11 @@ class AcceleratedNystromAttention(package.NystromAttention):
             query_landmarks=self._means(query, mask),
             key_landmarks=self._means(key, mask),
             key_padding_mask=None if mask is None else ~mask,
+            conv_weight=self.res_conv.weight[:, 0, :, 0] if self.residual else None,
             scale=self.scale,
             pinv_iterations=self.pinv_iterations,
             pinv_init="global_max",
         )
-        if self.residual:
-            output = output + depthwise_convolution(value, self.res_conv.weight[:, 0, :, 0])
         return self.to_out(output.transpose(1, 2).flatten(2))[:, -tokens:]
 
     def _means(self, tokens: Tensor, mask: Tensor | None) -> Tensor:

@@ -118,36 +118,46 @@ class _SelfAttention(nn.Module):
         """(B, channels, *grid) -> the same shape."""
         self._check_input(x)
         query, key, value = self.query(x), self._pooled(self.key(x)), self._pooled(self.value(x))
-        if self.num_landmarks is not None:
-            attended = self._attend_landmarks(query, key, value)
-        else:
-            exact = functools.partial(
-                spatiotemporal_attention,
-                query,
-                key,
-                value,
-                num_heads=self.num_heads,
-                scale=self.scale,
-                backend=self.backend,
-            )
-            # Fused where nothing comes between; under autocast x keeps its own, wider dtype.
-            if isinstance(self.output, nn.Identity) and x.dtype == query.dtype:
-                return exact(gamma=self.gamma[0], residual=x)
-            attended = exact()
-        return torch.addcmul(x, self.gamma, self.output(attended))
+        attend = self._attend_exactly if self.num_landmarks is None else self._attend_landmarks
+        # Fused where nothing comes between; under autocast x keeps its own, wider dtype.
+        if isinstance(self.output, nn.Identity) and x.dtype == query.dtype:
+            return attend(query, key, value, self.gamma[0], x)
+        return torch.addcmul(x, self.gamma, self.output(attend(query, key, value, None, None)))
 
-    def _attend_landmarks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_exactly(
+        self, query: Tensor, key: Tensor, value: Tensor, gamma: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        return spatiotemporal_attention(
+            query,
+            key,
+            value,
+            num_heads=self.num_heads,
+            scale=self.scale,
+            gamma=gamma,
+            residual=residual,
+            backend=self.backend,
+        )
+
+    def _attend_landmarks(
+        self, query: Tensor, key: Tensor, value: Tensor, gamma: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
         """(B, C, *grid), (B, C, *key_grid), (B, E, *key_grid) -> (B, E, *grid)."""
         grid, key_grid = query.shape[2:], key.shape[2:]
-        tokens = [maps.flatten(2).unflatten(1, (self.num_heads, -1)).mT for maps in (query, key, value)]  # (B, H, N, D)
+        tokens = [self._tokens(maps) for maps in (query, key, value)]
         attended = nystrom_attention(
             *tokens,
             **self._landmark_options(tokens[0], tokens[1], grid, key_grid),
+            gamma=gamma,
+            residual=None if residual is None else self._tokens(residual),
             scale=self.scale,
             pinv_iterations=self.pinv_iterations,
             backend=self.backend,
         )
         return attended.mT.reshape(-1, self.value_channels, *grid)
+
+    def _tokens(self, maps: Tensor) -> Tensor:
+        """(B, H D, *grid) -> (B, H, N, D), a view wherever the strides allow."""
+        return maps.flatten(2).unflatten(1, (self.num_heads, -1)).mT
 
     def _landmark_options(self, query: Tensor, key: Tensor, grid: torch.Size, key_grid: torch.Size) -> dict[str, Any]:
         """What `nystrom_attention` is told about the landmarks."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from nystromgan import iterative_pinv, nystrom_attention
 from nystromgan.ops.nystrom_attention.convolution import depthwise_convolution
 from nystromgan.testing import (
+    FINISHING,
     NATIVE_DTYPES,
     NO_TOLERANCE,
     TOLERANCES,
@@ -19,6 +20,7 @@ from nystromgan.testing import (
     backends_of,
     device_of,
     eager_nystrom_attention,
+    finishing,
     large,
     normal,
     padding_mask,
@@ -134,6 +136,14 @@ class TestAgainstFloat64:
         assert_matches_reference(nystrom_attention, inputs, backend, num_landmarks=8)
 
     @in_every_dtype
+    @pytest.mark.parametrize("names", [("gamma",), ("residual",), ("gamma", "residual"), FINISHING], ids="+".join)
+    @pytest.mark.parametrize("count", [8, 67])
+    def test_gamma_and_residual(self, backend: str, dtype: torch.dtype, names: tuple[str, ...], count: int) -> None:
+        inputs = attention_inputs(value_dim=5, dtype=dtype, device=device_of(backend))
+        inputs |= finishing(inputs, names)
+        assert_matches_reference(nystrom_attention, inputs, backend, num_landmarks=count)
+
+    @in_every_dtype
     @pytest.mark.parametrize("scattered", [False, True])
     def test_padding(self, backend: str, dtype: torch.dtype, scattered: bool) -> None:
         device = device_of(backend)
@@ -226,6 +236,35 @@ class TestStrides:
         query, key = (normal(1, 3, 60, 8, device=device, seed=i).expand(2, 3, 60, 8) for i in range(2))
         value = normal(2, 1, 1, 8, device=device).expand(2, 3, 60, 8)
         self.assert_strides_do_not_matter({"query": query, "key": key, "value": value}, backend)
+
+
+@on_every_backend
+@pytest.mark.parametrize("count", [8, 67])
+def test_the_end_is_gamma_times_attention_and_convolution_plus_residual(backend: str, count: int) -> None:
+    inputs = attention_inputs(value_dim=5, device=device_of(backend))
+    conv_weight, gamma, residual = finishing(inputs).values()
+    function = functools.partial(nystrom_attention, **inputs, num_landmarks=count, backend=backend)
+    expected = gamma * function(conv_weight=conv_weight) + residual
+    output = function(conv_weight=conv_weight, gamma=gamma, residual=residual)
+    assert relative_error(output, expected) < 1e-6
+    nothing = function(conv_weight=conv_weight, gamma=torch.zeros_like(gamma), residual=residual)
+    assert torch.equal(nothing, residual)
+
+
+@on_every_backend
+@pytest.mark.parametrize("count", [8, 67])
+def test_channel_first_values_give_what_others_give(backend: str, count: int) -> None:
+    inputs = attention_inputs(value_dim=5, device=device_of(backend))
+    inputs |= finishing(inputs)
+    maps = {name: x.mT.contiguous().mT if x.ndim == 4 else x for name, x in inputs.items()}
+    results = []
+    for tensors in (inputs, maps):
+        leaves = {name: x.clone(memory_format=torch.preserve_format).requires_grad_() for name, x in tensors.items()}
+        output = nystrom_attention(**leaves, num_landmarks=count, backend=backend)
+        direction = normal(*output.shape, device=output.device.type, seed=3)
+        results.append([output, *torch.autograd.grad(output, list(leaves.values()), direction)])
+    for value, expected in zip(*results, strict=True):
+        assert relative_error(value, expected) < 2e-6
 
 
 @on_every_backend

@@ -55,6 +55,9 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"conv_weight": T(3, 4)}, "conv_weight must have an odd kernel size, got 4"),
     ({"conv_weight": T(3, 0)}, "conv_weight must have an odd kernel size, got 0"),
     ({"conv_weight": T(3, 3), "query": T(2, 3, 9, 8)}, "conv_weight needs N = S, got 9 queries and 20 keys"),
+    ({"gamma": T(2)}, "gamma must have one element, got shape (2,)"),
+    ({"gamma": T(1, device="meta")}, "gamma must have query's device cpu, got meta"),
+    ({"residual": T(2, 20, 3, 8)}, "residual must have the output's shape (2, 3, 20, 8), got (2, 20, 3, 8)"),
     (
         {"key_landmarks": T(2, 3, 4, 8)},
         "query_landmarks and key_landmarks must be given together, got no query_landmarks",

@@ -82,8 +82,9 @@ def test_an_op_works_out_the_blocks_or_is_told_them(
     results = []
     for indices in ((index, index), tuple(None if alone else index for alone in laid_out)):
         leaves = [x.detach().requires_grad_() for x in inputs.values()]
-        options = (None, None, *indices, *(None,) * 4, grid, grid, counts, math.prod(counts), 0.3, 2, False)
-        output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *options, backend)
+        plan, epilogue = (None, None, *indices, *(None,) * 4), (None,) * 3
+        options = (grid, grid, counts, math.prod(counts), 0.3, 2, False, True, backend)
+        output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *plan, *epilogue, *options)
         results.append([output, *saved, *torch.autograd.grad(output.square().sum(), leaves)])
     for value, expected in zip(*results, strict=True):
         assert relative_error(value, expected) < 2e-6

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     value_dim: int
     tokens: int
     masked: bool = False
+    taps: int = 0  # of a convolution, with a gamma and a residual, over channel-first maps
 
 
 LONG = Case(torch.bfloat16, 64, 64, 64, 65536)  # programs that work through several tiles of tokens
@@ -41,8 +42,12 @@ CASES = [
     *((architecture, LONG) for architecture in ARCHITECTURES),
     (80, Case(torch.bfloat16, 64, 16, 16, 4097, masked=True)),
     (80, Case(torch.bfloat16, 64, 256, 256, 4097)),
+    *((architecture, Case(torch.bfloat16, 64, 64, 64, 4096, taps=33)) for architecture in ARCHITECTURES),
+    (80, Case(torch.float32, 64, 64, 64, 1025, masked=True, taps=33)),
+    (90, Case(torch.bfloat16, 64, 128, 128, 65536, taps=65)),
     (90, NARROW),
     (90, Case(torch.bfloat16, 64, 256, 256, 4096)),
+    (100, Case(torch.bfloat16, 64, 8, 64, 2048)),
     (90, Case(torch.bfloat16, 512, 4, 32, 8192)),
     (90, Case(torch.float32, 64, 64, 64, 1024)),
     (90, Case(torch.float32, 2, 1, 1, 1025, masked=True)),
@@ -52,19 +57,27 @@ CASES = [
 
 def compile_case(architecture: int, case: Case) -> list[Any]:
     """Every kernel that a training step with and without clustered landmarks launches."""
-    dtype, landmarks, head_dim, value_dim, tokens, masked = case
-    query, key = (torch.empty(1, 2, tokens, head_dim, dtype=dtype, device="meta") for _ in range(2))
-    value = torch.empty(1, 2, tokens, value_dim, dtype=dtype, device="meta")
+    dtype, landmarks, head_dim, value_dim, tokens, masked, taps = case
+
+    def empty(dim: int) -> torch.Tensor:
+        if taps:
+            return torch.empty(1, 2, dim, tokens, dtype=dtype, device="meta").mT
+        return torch.empty(1, 2, tokens, dim, dtype=dtype, device="meta")
+
+    query, key, value = empty(head_dim), empty(head_dim), empty(value_dim)
+    epilogue: tuple = (None, None, None)
+    if taps:
+        epilogue = (torch.empty(2, taps, dtype=dtype, device="meta"), torch.empty((), device="meta"), empty(value_dim))
     index = grid_index((tokens,), (landmarks,), torch.device("meta"))
     plan: tuple = (None,) * 8
     if masked:
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta")
         index, absent, exact = masked_landmarks(mask, (tokens,), (landmarks,))
         plan = (None, None, index, index, mask, absent, absent, exact)
-    options = ((tokens,), (tokens,), (landmarks,), landmarks, 0.125, 6, False)
+    options = ((tokens,), (tokens,), (landmarks,), landmarks, 0.125, 6, False, not taps)
     with compiled_for(architecture) as compiled:
-        output, *saved = kernels.nystrom_attention(query, key, value, *plan, *options)
-        kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *options)
+        output, *saved = kernels.nystrom_attention(query, key, value, *plan, *epilogue, *options)
+        kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *epilogue[:2], *options)
         kernels.cluster_landmarks(key, index, None, None, landmarks, 1)
     return compiled
 

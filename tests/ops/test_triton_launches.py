@@ -37,9 +37,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 
 def attention(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, landmarks: int, head_dim: int, tokens: int = 4096,
-    layout: bool = True, masked: bool = False,
+    layout: bool = True, masked: bool = False, finished: bool = False,
 ) -> tuple[list[Launch], list[Launch]]:  # fmt: skip
-    """The launches of a forward and of a backward."""
+    """The launches of a forward and of a backward; `finished` by a convolution, gamma and a residual."""
     query, key, value = (torch.empty(2, 2, tokens, head_dim, dtype=dtype, device="meta") for _ in range(3))
     plan: tuple = (None,) * 8
     grids: tuple = ((tokens,), (tokens,), (landmarks,))
@@ -50,11 +50,14 @@ def attention(
     elif not layout:
         index = grid_index((tokens,), (landmarks,), torch.device("meta"))
         plan = (None, None, index, index, *plan[4:])
-    options = (*grids, landmarks, 0.125, 6, False)
+    options = (*grids, landmarks, 0.125, 6, False, True)
+    epilogue: tuple = (None, None, None)
+    if finished:
+        epilogue = (torch.empty(2, 33, dtype=dtype, device="meta"), torch.empty((), device="meta"), value)
     with recorded(monkeypatch) as forward:
-        output, *saved = kernels.nystrom_attention(query, key, value, *plan, *options)
+        output, *saved = kernels.nystrom_attention(query, key, value, *plan, *epilogue, *options)
     with recorded(monkeypatch) as backward:
-        kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *options)
+        kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *epilogue[:2], *options)
     return forward, backward
 
 
@@ -66,6 +69,14 @@ def test_attention_takes_four_launches_and_six(monkeypatch: pytest.MonkeyPatch, 
     assert [name for name, _ in backward] == [
         "query_sums_kernel", "reduce_kernel", "core_backward_kernel", "keys_kernel", "reduce_kernel", "query_kernel",
     ]  # fmt: skip
+
+
+def test_gamma_a_residual_and_a_convolution_add_no_launch_but_the_gradient_of_its_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forward, backward = attention(monkeypatch, torch.bfloat16, 64, 64, finished=True)
+    assert [name for name, _ in forward] == ["block_mean_kernel", "landmark_kernel", "mix_kernel", "output_kernel"]
+    assert [name for name, _ in backward][6:] == ["weight_gradient_kernel", "reduce_kernel"]
 
 
 def test_a_mask_counts_the_tokens_of_its_landmarks_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +103,7 @@ def test_more_than_128_landmarks_take_four_products_a_step(monkeypatch: pytest.M
 def test_every_launch_says_whether_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.9 warns where it has to look up the default, and warnings are errors here."""
     for case in ((torch.bfloat16, 64, 64), (torch.float32, 130, 8)):
-        for options in ({}, {"layout": False}, {"masked": True}):
+        for options in ({}, {"layout": False}, {"masked": True}, {"finished": True}):
             for launches in attention(monkeypatch, *case, **options):
                 assert_fused(launches)
     x, vectors = torch.empty(1, 2, 90, 8, device="meta"), [torch.empty(9, device="meta")]
@@ -122,7 +133,9 @@ def test_tiles_that_span_more_than_32_bits_count_are_wide(monkeypatch: pytest.Mo
     far = torch.empty(1, device="meta").as_strided((1, 1, 90, 64), (0, 0, 1, 2**26))
     near = torch.empty(1, 1, 90, 64, device="meta")
     with recorded(monkeypatch) as launches:
-        kernels.nystrom_attention(near, far, near, *(None,) * 8, (90,), (90,), (8,), 8, 0.125, 1, False)
+        kernels.nystrom_attention(
+            near, far, near, *(None,) * 8, *(None,) * 3, (90,), (90,), (8,), 8, 0.125, 1, False, True
+        )
     options = dict(launches)
     assert options["block_mean_kernel"]["ACCESS"] == options["landmark_kernel"]["KEY_ACCESS"] == (1, True)
     assert options["landmark_kernel"]["VALUE_ACCESS"] == options["output_kernel"]["QUERY_ACCESS"] == (4, False)

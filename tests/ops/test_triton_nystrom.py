@@ -16,10 +16,12 @@ from nystromgan.ops.nystrom_attention import reference
 from nystromgan.ops.nystrom_attention.landmarks import grid_index, masked_landmarks
 from nystromgan.testing import (
     EAGER_NOISE,
+    FINISHING,
     assert_matches_reference,
     attention_inputs,
     eager_nystrom_attention,
     errors_of,
+    finishing,
     normal,
     padding_mask,
     relative_error,
@@ -158,6 +160,41 @@ else:
             inputs["key_padding_mask"] = padding_mask([50, 31, 3, 0], 50, scattered=True, device=DEVICE)
             check(inputs, num_landmarks=8, **options)
 
+        @pytest.mark.parametrize("names", [("gamma",), ("residual",), FINISHING], ids="+".join)
+        @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+        def test_the_end(self, names: tuple[str, ...], dtype: torch.dtype) -> None:
+            inputs = attention_inputs(1, 2, 70, head_dim=8, value_dim=5, dtype=dtype, device=DEVICE)
+            check(inputs | finishing(inputs, names, taps=3), num_landmarks=7)
+
+        def test_the_end_of_padded_rows(self) -> None:
+            inputs = attention_inputs(3, 1, 50, head_dim=8, value_dim=5, device=DEVICE)
+            inputs["key_padding_mask"] = padding_mask([31, 3, 0], 50, scattered=True, device=DEVICE)
+            check(inputs | finishing(inputs, taps=3), num_landmarks=8)
+
+        @pytest.mark.parametrize("taps", [1, 149])
+        def test_a_convolution_over_some_and_over_all_tokens(self, taps: int) -> None:
+            inputs = attention_inputs(1, 1, 70, head_dim=4, dtype=torch.float16, device=DEVICE)
+            check(inputs | finishing(inputs, taps=taps), num_landmarks=7, pinv_iterations=1)
+
+        def test_the_end_with_several_tiles_of_landmarks(self) -> None:
+            inputs = attention_inputs(1, 1, 150, head_dim=5, device=DEVICE)
+            check(inputs | finishing(inputs, taps=3), num_landmarks=70, pinv_iterations=1)
+
+        @pytest.mark.parametrize("names", [(), FINISHING], ids=["plain", "finished"])
+        def test_channel_first_maps_are_read_and_written_as_they_lie(self, names: tuple[str, ...]) -> None:
+            tokens = attention_inputs(1, 2, 50, head_dim=8, value_dim=5, device=DEVICE)
+            tokens |= finishing(tokens, names)
+            maps = {name: x.mT.contiguous().mT if x.ndim == 4 else x for name, x in tokens.items()}
+            results = []
+            for inputs in (tokens, maps):
+                leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+                output = nystrom_attention(**leaves, num_landmarks=6, pinv_iterations=1, backend="triton")
+                grads = torch.autograd.grad(output.square().sum(), list(leaves.values()))
+                results.append([output, *grads])
+            for expected, value in zip(*results, strict=True):
+                assert relative_error(value, expected) < 1e-6
+            assert all(x.mT.is_contiguous() for x in results[1][:4])
+
         def test_landmarks_of_the_caller_have_gradients(self) -> None:
             inputs = attention_inputs(1, 2, 40, 33, 4, 7, device=DEVICE)
             inputs |= {f"{side}_landmarks": normal(1, 2, 5, 4, device=DEVICE, seed=9) for side in ("query", "key")}
@@ -209,9 +246,11 @@ else:
             index, number = grid_index(grid, counts, torch.device(DEVICE)), math.prod(counts)
             results = []
             for indices in ((index, index), (None, None)):
-                options = (None, None, *indices, *(None,) * 4, grid, grid, counts, number, 0.3, 1, False)
-                output, *saved = kernels.nystrom_attention(*inputs.values(), *options)
-                grads = kernels.nystrom_attention_backward(output, *inputs.values(), *saved, *options)
+                plan, options = (None, None, *indices, *(None,) * 4), (grid, grid, counts, number, 0.3, 1, False, True)
+                output, *saved = kernels.nystrom_attention(*inputs.values(), *plan, *(None,) * 3, *options)
+                grads = kernels.nystrom_attention_backward(
+                    output, *inputs.values(), *saved, *plan, *(None,) * 2, *options
+                )
                 results.append([output, *saved, *grads])
             for value, expected in zip(*results, strict=True):
                 assert relative_error(value, expected) < 2e-6

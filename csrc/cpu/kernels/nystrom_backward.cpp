@@ -1,10 +1,10 @@
 // Nyström attention, backward, with every factor recomputed block by block:
 //   queries  dW = F^T dO and dK~ through F, and dQ through F
 //   core     back through W = Z (G V), the iterates, and A: d(G V), dQ~, dK~
-//   keys     dK and dV through G and through what pools them, and dQ~ through G
+//   keys     dK and dV through G, through what pools them and through the convolution, and dQ~ through G
 //   pooling  dQ += dQ~ spread over its tokens
+#include "convolution.h"
 #include "isa.h"
-#include "nystrom.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
 namespace {
@@ -22,6 +22,8 @@ struct Backward {
   int64_t query_size = padded_m * (lde + ldd), key_size = padded_m * ldd;
   Scratch query_partial{count * query_chunks * query_size}, key_partial{count * key_chunks * key_size};
   Scratch grad_context{count * m * e}, grad_mixed{count * m * e};  // d(G V) and dW [M, E]
+  // Without gamma: what each (b, h) gives of its gradient, and each chunk of keys of the convolution's weight.
+  Scratch grad_gamma{count}, grad_weight{count * key_chunks * p.taps};
 
   const bool* key_mask(int64_t i) const { return p.key_padding_mask ? p.key_padding_mask + i / p.heads * p.keys : nullptr; }
 
@@ -36,11 +38,12 @@ struct Backward {
     float *scaled = w.take(m * d), *keys = w.take(E::right_split_size(d, m)), *values = w.take(E::right_split_size(e, m));
     float *means = w.take(E::right_split_size(m, d)), *left = w.take(E::left_size(block, max_dim()) + E::left_size(m, block));
     float *right = w.take(E::right_size(block, max_dim())), *factor = w.take(padded_block * ldm), *grad = w.take(padded_block * ldm);
-    float *result = w.take(padded_block * ldd);
-    const float *key_means = p.key_means + i * m * d, *mixed = p.mixed + i * m * e;
+    float *result = w.take(padded_block * ldd), *mixed = w.take(m * e);
+    const float* key_means = p.key_means + i * m * d;
+    for (int64_t c = 0; c < m * e; ++c) mixed[c] = p.gamma * p.mixed[i * m * e + c];
     scale_to_base_2(key_means, m * d, p.scale, scaled);
     const auto landmarks = E::right_split(as_const(scaled), d, m, 1, d, keys);  // [D, M]
-    const auto transposed_w = E::right_split(mixed, e, m, 1, e, values);                         // [E, M]
+    const auto transposed_w = E::right_split(as_const(mixed), e, m, 1, e, values);               // [E, M]
     const auto plain_means = E::right_split(key_means, m, d, d, 1, means);                       // [M, D]
     prefault_rows<T>(f.grad_query, b, h, first, last - first, d);
     for (int64_t n = first; n < last; n += block) {
@@ -93,7 +96,7 @@ struct Backward {
     }
   }
 
-  // dW and dK~ of all chunks, in their order.
+  // dW and dK~ of all chunks, in their order, and d gamma.
   void combine_queries(int64_t i) const {
     float *grad_w = grad_mixed + i * m * e, *grad_landmarks = f.grad_key_means + i * m * d;
     memset(grad_w, 0, m * e * sizeof(float));
@@ -105,6 +108,13 @@ struct Backward {
         add_scaled(grad_landmarks + r * d, from + padded_m * lde + r * ldd, 1.0f, d);
       }
     }
+    if (f.grad_gamma == nullptr) return;
+    float sum = 0.0f;
+    for (int64_t c = 0; c < m * e; ++c) {
+      sum += grad_w[c] * p.mixed[i * m * e + c];
+      grad_w[c] *= p.gamma;
+    }
+    grad_gamma[i] = sum;
   }
 
   // Through W = Z (G V): d(G V), and into grad_core [M, ld] the gradient of A but for its norms' part; returns d c.
@@ -192,6 +202,10 @@ struct Backward {
     float *left = w.take(E::left_size(block, max_dim()) + E::left_size(m, block)), *right = w.take(E::right_size(block, d));
     float *factor = w.take(padded_block * ldm), *grad = w.take(padded_block * ldm), *grad_value = w.take(padded_block * lde);
     float *grad_key = w.take(padded_block * ldd), *valid = w.take(mask ? block * max_dim() : 0);
+    float *window = w.take(p.taps > 0 ? (block + p.taps) * lde : 0), *values = w.take(p.taps > 0 ? block * lde : 0);
+    const Band band(p.conv_weight + h * p.taps, p.taps, p.gamma, true, w);
+    float* grad_taps = grad_weight + (i * key_chunks + s) * p.taps;
+    memset(grad_taps, 0, p.taps * sizeof(float));
     const float *query_means = p.query_means + i * m * d, *grad_rows = grad_context + i * m * e;
     scale_to_base_2(query_means, m * d, p.scale, scaled);
     const auto landmarks = E::right_split(as_const(scaled), d, m, 1, d, queries);  // [D, M]
@@ -230,6 +244,14 @@ struct Backward {
       } else {
         const auto keys = E::right(key, rows, d, k.token, k.channel, right);
         E::template multiply<true>(m, d, rows, weights, keys, grad_landmarks, ldd);
+      }
+      if (p.taps > 0) {
+        const Rows near = rows_of<T>(
+            f.grad_output, b, h, n - p.taps / 2, rows + p.taps - 1, p.queries, e, nullptr, window);
+        band.add(rows, e, near.data, near.ld, grad_value, lde);
+        for (int64_t r = 0; masked && r < rows; ++r)
+          if (mask[n + r]) memset(grad_value + r * lde, 0, lde * sizeof(float));
+        add_tap_products(rows, e, p.taps, rows_of<T>(v, b, h, n, rows, p.keys, e, mask, values), near, grad_taps);
       }
       if (inverse != nullptr) spread(i, n, rows, f.grad_key_means + i * m * d, inverse->of(b, h), grad_key, ldd, d);
       if (is_exact(p, i)) spread(i, n, rows, grad_mixed + i * m * e, inverse->of(b, h), grad_value, lde, e);
@@ -300,10 +322,26 @@ struct Backward {
       if (index[n] < 0) continue;
       const float *from = grad_means + index[n] * d, factor = count[index[n]];
       T* to = row<T>(f.grad_query, b, h, n);
+      const int64_t step = f.grad_query.channel;
       int64_t c = 0;
-      for (; c + kLanes <= d; c += kLanes) store(to + c, load(to + c) + factor * load(from + c));
-      for (; c < d; ++c) to[c] = from_float<T>(to_float(to[c]) + factor * from[c]);
+      for (; step == 1 && c + kLanes <= d; c += kLanes) store(to + c, load(to + c) + factor * load(from + c));
+      for (; c < d; ++c) to[c * step] = from_float<T>(to_float(to[c * step]) + factor * from[c]);
     }
+  }
+
+  // d weight and d gamma from the parts of every chunk and row, in their order.
+  void combine_epilogue() const {
+    float gamma = 0.0f;
+    for (int64_t i = 0; f.grad_gamma != nullptr && i < count; ++i) gamma += grad_gamma[i];
+    for (int64_t j = 0; j < p.heads * p.taps; ++j) {
+      float sum = 0.0f;
+      for (int64_t b = 0; b < p.batch; ++b)
+        for (int64_t s = 0; s < key_chunks; ++s)
+          sum += grad_weight[((b * p.heads + j / p.taps) * key_chunks + s) * p.taps + j % p.taps];
+      gamma += sum * p.conv_weight[j];
+      f.grad_conv_weight[j] = p.gamma * sum;
+    }
+    if (f.grad_gamma != nullptr) *f.grad_gamma = gamma;
   }
 
   template <class Body>
@@ -320,6 +358,7 @@ struct Backward {
     } else {
       each(key_chunks, [&](int64_t i, int64_t s, Workspace& w) { key_chunk(i, s, nullptr, w); });
     }
+    combine_epilogue();
     each(1, [&](int64_t i, int64_t, Workspace&) { combine_keys(i); });
     if (p.query_index.data == nullptr) return;
     const InverseCounts inverse(p.run, p.batch, p.heads, p.queries, m, p.query_index);

@@ -1,6 +1,7 @@
-// Nyström attention, forward: pool; G V over the keys; A, Z and W = Z (G V) for each (b, h); O = F W over the queries.
+// Nyström attention, forward: pool; G V over the keys; A, Z and W = Z (G V) for each (b, h); over the queries F W and what
+// follows it.
+#include "convolution.h"
 #include "isa.h"
-#include "nystrom.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
 namespace {
@@ -24,7 +25,8 @@ struct Forward {
 
   bool in_output() const {
     const Tokens& o = f.output;
-    const bool dense = o.channel == 1 && o.token == e && o.head == p.queries * e && o.batch == p.heads * o.head;
+    const bool rows = o.channel == 1 && o.token == e, columns = o.token == 1 && o.channel == p.queries;
+    const bool dense = (rows || columns) && o.head == p.queries * e && o.batch == p.heads * o.head;
     return dense && p.batch * o.batch * int64_t{sizeof(T)} >= partial_size * int64_t{sizeof(float)} &&
            reinterpret_cast<uintptr_t>(o.data) % alignof(float) == 0;
   }
@@ -170,7 +172,7 @@ struct Forward {
         p.mixed + i * m * e, chain, scratch);
   }
 
-  // The chunk of queries: O = F W.
+  // The chunk of queries: O = gamma (F W + convolution) + residual.
   void attend_landmarks(int64_t i, int64_t s, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.queries);
     const int64_t first = s * chunk, last = min(first + chunk, p.queries);
@@ -180,6 +182,9 @@ struct Forward {
     float *scaled = w.take(m * d), *landmarks = w.take(E::right_split_size(d, m)), *mixed = w.take(E::right_split_size(m, e));
     float *left = w.take(E::left_size(block, d) + E::left_size(block, m)), *logits = w.take(round_up(block, E::kRowPad) * ldm);
     float *result = w.take(round_up(block, E::kRowPad) * lde), *inverse = w.take(block);
+    const bool adds = p.taps > 0 || f.residual.data != nullptr;  // whether anything is added to F W
+    float* added = w.take(adds ? (block + p.taps) * lde : 0);
+    const Band band(p.conv_weight + h * p.taps, p.taps, p.gamma, false, w);
     scale_to_base_2(p.key_means + i * m * d, m * d, p.scale, scaled);
     const auto keys = E::right_split(as_const(scaled), d, m, 1, d, landmarks);                     // [D, M]
     const auto values = E::right_split(static_cast<const float*>(p.mixed + i * m * e), m, e, e, 1, mixed);  // [M, E]
@@ -199,15 +204,32 @@ struct Forward {
       });
       const auto weights = E::left(as_const(logits), count, m, ldm, 1, left);
       // [queries, M] x [M, E]
-      float* to = in_place ? reinterpret_cast<float*>(row<T>(f.output, b, h, n)) : result;
-      E::template multiply<false>(count, e, m, weights, values, to, in_place ? f.output.token : lde);
-      if (in_place) {
-        for (int64_t r = 0; r < count; ++r) scale_in_place(lde, inverse[r], to + r * f.output.token);
-      } else {
-        scatter_scaled(
-            result, lde, count, e, inverse, row<T>(f.output, b, h, n), f.output.token, f.output.channel, past_cache);
+      T* output = row<T>(f.output, b, h, n);
+      float* to = in_place ? reinterpret_cast<float*>(output) : result;
+      const int64_t ld = in_place ? f.output.token : lde;
+      E::template multiply<false>(count, e, m, weights, values, to, ld);
+      for (int64_t r = 0; r < count; ++r) inverse[r] *= p.gamma;
+      if (!in_place && !adds) {
+        scatter_scaled(result, lde, count, e, inverse, output, f.output.token, f.output.channel, past_cache);
+        continue;
       }
+      for (int64_t r = 0; r < count; ++r) scale_in_place(lde, inverse[r], to + r * ld);
+      if (p.taps > 0) add_convolution(b, h, n, count, band, added, to, ld);
+      if (f.residual.data != nullptr) add_residual(b, h, n, count, added, to, ld);
+      if (!in_place) scatter(result, lde, count, e, output, f.output.token, f.output.channel, past_cache);
     }
+  }
+
+  void add_convolution(
+      int64_t b, int64_t h, int64_t n, int64_t count, const Band& band, float* scratch, float* to, int64_t ld) const {
+    const bool* mask = p.key_padding_mask ? p.key_padding_mask + b * p.keys : nullptr;
+    const Rows window = rows_of<T>(p.value, b, h, n - p.taps / 2, count + p.taps - 1, p.keys, e, mask, scratch);
+    band.add(count, e, window.data, window.ld, to, ld);
+  }
+
+  void add_residual(int64_t b, int64_t h, int64_t n, int64_t count, float* scratch, float* to, int64_t ld) const {
+    const Rows residual = rows_of<T>(f.residual, b, h, n, count, p.queries, e, nullptr, scratch);
+    for (int64_t r = 0; r < count; ++r) add_scaled(to + r * ld, residual.data + r * residual.ld, 1.0f, lde);
   }
 
   void run() const {

@@ -1,13 +1,14 @@
 """The torch.library ops under `nystrom_attention` and `cluster_landmarks`: schemas, fake kernels, derivatives."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nystromgan import _library
 from nystromgan.ops.nystrom_attention import reference
+from nystromgan.ops.nystrom_attention.epilogue import Epilogue, finished
 from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan, indexed
 
 OP = "nystrom_attention"
@@ -17,115 +18,141 @@ PLAN = (
     "Tensor? query_landmarks, Tensor? key_landmarks, Tensor? query_index, Tensor? key_index, "
     "Tensor? key_padding_mask, Tensor? query_landmark_mask, Tensor? key_landmark_mask, Tensor? exact_rows"
 )
+CONV_AND_GAMMA = "Tensor? conv_weight, Tensor? gamma"  # of an epilogue; the backward needs no residual
 LAYOUT = "SymInt[] query_grid, SymInt[] key_grid, SymInt[] landmark_grid"
-OPTIONS = "SymInt num_landmarks, float scale, int pinv_iterations, bool global_init"
+# token_major: outputs, of the backward too, are laid out as (B, H, N, E), else as (B, H, E, N).
+OPTIONS = "SymInt num_landmarks, float scale, int pinv_iterations, bool global_init, bool token_major"
 # What the backward needs beside the inputs, float32: landmarks (B, H, M, D), G V and Z (G V) (B, H, M, E), and the
 # logarithm of G's row sums (B, H, M).
 SAVED = "Tensor query_means, Tensor key_means, Tensor context, Tensor mixed, Tensor logsumexp"
 FORWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-BACKWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+BACKWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
+FUSED_EPILOGUE = ("cpu", "triton")  # the backends that take an epilogue and write channel-first maps too
 NUM_PLAN = len(Plan._fields)
 MOST_AXES = 3  # of a grid whose blocks the backends work out
 Outputs = tuple[Tensor, ...]
-Grids = Sequence[list[int]]
 
 
-def _run(
-    backend: str, name: str, tensors: Sequence[Tensor], plan: Plan, grids: Grids, options: Sequence[Any]
-) -> Outputs:
-    """Calls `name` on `backend`; they work out blocks of up to three axes, grids of more go by an index."""
-    if len(grids[0]) > MOST_AXES:
-        plan, grids = indexed(plan, Layout(*grids), tensors[0].device), ([], [], [])
-    return _library.kernel(OP, name, backend)(*tensors, *plan, *grids, *options)
+class Options(NamedTuple):
+    """The arguments of a call that are not tensors."""
+
+    query_grid: Sequence[int]
+    key_grid: Sequence[int]
+    landmark_grid: Sequence[int]
+    num_landmarks: int
+    scale: float
+    pinv_iterations: int
+    global_init: bool
+    token_major: bool
+    backend: str
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(*self[:3])
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
-    *options, backend = rest
-    plan, grids, options = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3], options[NUM_PLAN + 3 :]
-    return _run(backend, OP, (query, key, value), plan, grids, options)
+def _run(name: str, tensors: Sequence[Tensor], plan: Plan, epilogue: Sequence[Any], options: Options) -> Outputs:
+    """Calls `name` on its backend; they work out blocks of up to three axes, grids of more go by an index."""
+    if len(options.query_grid) > MOST_AXES:
+        plan = indexed(plan, options.layout, tensors[0].device)
+        options = options._replace(query_grid=[], key_grid=[], landmark_grid=[])
+    return _library.kernel(OP, name, options.backend)(*tensors, *plan, *epilogue, *options[:-1])
 
 
-def _backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
-    *options, backend = rest
-    saved, options = options[:5], options[5:]
-    plan, grids, options = Plan(*options[:NUM_PLAN]), options[NUM_PLAN : NUM_PLAN + 3], options[NUM_PLAN + 3 :]
-    return _run(backend, f"{OP}_backward", (grad_output, query, key, value, *saved), plan, grids, options)
+def _split(arguments: Sequence[Any], tensors: int, epilogue: int) -> tuple[Sequence[Any], Plan, Sequence[Any], Options]:
+    """An op's arguments by their kinds: so many tensors, the plan, so much of an epilogue, the options."""
+    after_plan = tensors + NUM_PLAN
+    after_epilogue = after_plan + epilogue
+    return (
+        arguments[:tensors],
+        Plan(*arguments[tensors:after_plan]),
+        arguments[after_plan:after_epilogue],
+        Options(*arguments[after_epilogue:]),
+    )
 
 
-def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
-    num_landmarks = rest[NUM_PLAN + 3]
+def _forward(*arguments: Any) -> Outputs:
+    return _run(OP, *_split(arguments, 3, 3))
+
+
+def _backward(*arguments: Any) -> Outputs:
+    return _run(f"{OP}_backward", *_split(arguments, 9, 2))
+
+
+def _laid_out(like: Tensor, shape: Sequence[int], token_major: bool) -> Tensor:
+    *outer, tokens, dim = shape
+    return like.new_empty(shape) if token_major else like.new_empty(*outer, dim, tokens).mT
+
+
+def _fake_forward(*arguments: Any) -> Outputs:
+    (query, _, value), _, _, options = _split(arguments, 3, 3)
     batch, heads, queries, head_dim = query.shape
     value_dim = value.shape[3]
-    small = (batch, heads, num_landmarks)
+    small = (batch, heads, options.num_landmarks)
     return (
-        query.new_empty(batch, heads, queries, value_dim),
+        _laid_out(query, (batch, heads, queries, value_dim), options.token_major),
         *(query.new_empty(*small, dim, dtype=torch.float32) for dim in (head_dim, head_dim, value_dim, value_dim)),
         query.new_empty(small, dtype=torch.float32),
     )
 
 
-def _fake_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Outputs:
-    query_means, plan = rest[0], Plan(*rest[5 : 5 + NUM_PLAN])
+def _fake_backward(*arguments: Any) -> Outputs:
+    tensors, plan, (conv_weight, gamma), options = _split(arguments, 9, 2)
+    query_means = tensors[4]
 
-    def landmark_grad(landmarks: Tensor | None, index: Tensor | None) -> Tensor:
-        given = landmarks is not None and index is None
-        return query_means.new_empty(query_means.shape if given else (0,))
+    def new(present: bool, shape: Sequence[int]) -> Tensor:
+        return query_means.new_empty(shape if present else (0,))
 
     return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        landmark_grad(plan.query_landmarks, plan.query_index),
-        landmark_grad(plan.key_landmarks, plan.key_index),
+        *(_laid_out(x, x.shape, options.token_major) for x in tensors[1:4]),
+        new(_is_given(plan, "query"), query_means.shape),
+        new(_is_given(plan, "key"), query_means.shape),
+        new(conv_weight is not None, () if conv_weight is None else conv_weight.shape),
+        new(gamma is not None, ()),
     )
 
 
-_library.define(
-    f"nystrom_attention({TENSORS}, {PLAN}, {LAYOUT}, {OPTIONS}, str backend) -> {FORWARD_RETURNS}",
-    _forward,
-    _fake_forward,
-)
-_library.define(
-    f"nystrom_attention_backward(Tensor grad_output, {TENSORS}, {SAVED}, {PLAN}, {LAYOUT}, {OPTIONS}, str backend)"
-    f" -> {BACKWARD_RETURNS}",
-    _backward,
-    _fake_backward,
-)
-NATIVE = f"{PLAN}, {LAYOUT}, {OPTIONS}".replace("SymInt", "int")
-_library.define_native(f"nystrom_attention_native({TENSORS}, {NATIVE}) -> {FORWARD_RETURNS}")
-_library.define_native(
-    f"nystrom_attention_backward_native(Tensor grad_output, {TENSORS}, {SAVED}, {NATIVE}) -> {BACKWARD_RETURNS}"
-)
+FORWARD = f"{TENSORS}, {PLAN}, {CONV_AND_GAMMA}, Tensor? residual, {LAYOUT}, {OPTIONS}"
+BACKWARD = f"Tensor grad_output, {TENSORS}, {SAVED}, {PLAN}, {CONV_AND_GAMMA}, {LAYOUT}, {OPTIONS}"
+
+_library.define(f"nystrom_attention({FORWARD}, str backend) -> {FORWARD_RETURNS}", _forward, _fake_forward)
+_library.define(f"nystrom_attention_backward({BACKWARD}, str backend) -> {BACKWARD_RETURNS}", _backward, _fake_backward)
+_library.define_native(f"nystrom_attention_native({FORWARD}) -> {FORWARD_RETURNS}".replace("SymInt", "int"))
+_library.define_native(f"nystrom_attention_backward_native({BACKWARD}) -> {BACKWARD_RETURNS}".replace("SymInt", "int"))
 
 
 def _save_forward(ctx, inputs, output):
-    tensors, ctx.options = inputs[: 3 + NUM_PLAN], inputs[3 + NUM_PLAN :]
-    ctx.save_for_backward(*tensors, *output[1:])
+    tensors, plan, epilogue, ctx.options = _split(inputs, 3, 3)
+    ctx.has_residual = epilogue[2] is not None
+    ctx.save_for_backward(*tensors, *output[1:], *plan, *epilogue[:2])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_forward(ctx, grad_output, *_):
-    rest = (None,) * (NUM_PLAN - 2 + len(ctx.options))
+    rest = (None,) * len(ctx.options)
     if grad_output is None:
-        return (None,) * 5 + rest
-    query, key, value, *others = ctx.saved_tensors
-    plan, saved = Plan(*others[:NUM_PLAN]), others[NUM_PLAN:]
-    grads = torch.ops.nystromgan.nystrom_attention_backward(grad_output, query, key, value, *saved, *plan, *ctx.options)
-    return (*_returned(plan, grads), *rest)
-
-
-def _returned(plan: Plan, grads: Outputs) -> tuple[Tensor | None, ...]:
-    """The gradients of query, key, value and the two landmark tensors, None for what is not differentiated."""
-
-    def of_landmarks(grad: Tensor, landmarks: Tensor | None, index: Tensor | None) -> Tensor | None:
-        return grad.to(landmarks.dtype) if landmarks is not None and index is None else None
-
+        return (None,) * (3 + NUM_PLAN + 3) + rest
+    saved = ctx.saved_tensors  # once: under torch.utils.checkpoint a second look raises
+    (conv_weight, gamma), plan = saved[-2:], Plan(*saved[8:-2])
+    grads = torch.ops.nystromgan.nystrom_attention_backward(grad_output, *saved, *ctx.options)
+    differentiated = (
+        plan.query_landmarks if _is_given(plan, "query") else None,
+        plan.key_landmarks if _is_given(plan, "key") else None,
+        conv_weight,
+        gamma,
+    )
+    landmarks_and_epilogue = [
+        None if x is None else grad.to(x.dtype) for x, grad in zip(differentiated, grads[3:], strict=True)
+    ]
     return (
         *grads[:3],
-        of_landmarks(grads[3], plan.query_landmarks, plan.query_index),
-        of_landmarks(grads[4], plan.key_landmarks, plan.key_index),
+        *landmarks_and_epilogue[:2],
+        *(None,) * (NUM_PLAN - 2),
+        *landmarks_and_epilogue[2:],
+        grad_output if ctx.has_residual else None,
+        *rest,
     )
 
 
@@ -135,30 +162,33 @@ def _is_given(plan: Plan, side: str) -> bool:
 
 
 def _save_backward(ctx, inputs, output):
-    grad_output, query, key, value = inputs[:4]
-    plan, ctx.options = inputs[9 : 9 + NUM_PLAN], inputs[9 + NUM_PLAN :]
-    ctx.save_for_backward(grad_output, query, key, value, *plan)
+    tensors, plan, epilogue, ctx.options = _split(inputs, 9, 2)
+    ctx.save_for_backward(*tensors[:4], *plan, *epilogue)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_backward(ctx, *grad_grads):
-    grad_output, query, key, value, *fields = ctx.saved_tensors
-    query_grid, key_grid, landmark_grid, count, scale, iterations, global_init, _ = ctx.options
-    plan = indexed(Plan(*fields), Layout(query_grid, key_grid, landmark_grid), query.device)
-    given = [_is_given(plan, "query"), _is_given(plan, "key")]
+    grad_output, query, key, value, *fields, conv_weight, gamma = ctx.saved_tensors
+    options = ctx.options
+    plan = indexed(Plan(*fields), options.layout, query.device)
+    given = [fields[i] if _is_given(plan, side) else None for i, side in enumerate(("query", "key"))]
 
-    def definition(query, key, value, query_landmarks, key_landmarks):
+    def definition(query, key, value, query_landmarks, key_landmarks, conv_weight, gamma):
         chosen = plan
-        if given[0]:
+        if query_landmarks is not None:
             chosen = chosen._replace(query_landmarks=query_landmarks)
-        if given[1]:
+        if key_landmarks is not None:
             chosen = chosen._replace(key_landmarks=key_landmarks)
-        return reference.nystrom_attention(query, key, value, chosen, count, scale, iterations, global_init)
+        attended = reference.nystrom_attention(
+            query, key, value, chosen, options.num_landmarks, options.scale, options.pinv_iterations,
+            options.global_init,
+        )  # fmt: skip
+        return finished(attended, value, plan.key_padding_mask, Epilogue(conv_weight, gamma))
 
-    inputs = [query, key, value, *(fields[i] if given[i] else None for i in range(2))]
+    inputs = [query, key, value, *given, conv_weight, gamma]
     second, firsts = _library.vjp_of_vjp(definition, inputs, grad_output, grad_grads)
-    rest = (None,) * (NUM_PLAN - 2 + len(ctx.options))
-    return (second, *firsts[:3], *(None,) * 5, *firsts[3:], *rest)
+    saved, masks = (None,) * 5, (None,) * (NUM_PLAN - 2)
+    return (second, *firsts[:3], *saved, *firsts[3:5], *masks, *firsts[5:], *(None,) * len(options))
 
 
 _library.register_autograd(OP, _save_forward, _differentiate_forward)

@@ -9,6 +9,7 @@ from torch import Tensor
 from nystromgan import _backend, _check, _library
 from nystromgan.ops.iterative_pinv import PINV_INITS
 from nystromgan.ops.nystrom_attention import library, reference
+from nystromgan.ops.nystrom_attention.epilogue import Epilogue, finished
 from nystromgan.ops.nystrom_attention.landmarks import (
     Layout,
     Plan,
@@ -16,7 +17,7 @@ from nystromgan.ops.nystrom_attention.landmarks import (
     landmark_grid,
     masked_landmarks,
 )
-from nystromgan.ops.spatiotemporal_attention.op import attention
+from nystromgan.ops.spatiotemporal_attention.op import attention, check_epilogue
 
 OP = "nystrom_attention"
 
@@ -37,6 +38,8 @@ def nystrom_attention(
     key_padding_mask: Tensor | None = None,
     query_padding_mask: Tensor | None = None,
     conv_weight: Tensor | None = None,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
     scale: float | None = None,
     cluster_iterations: int = 0,
     pinv_iterations: int = 6,
@@ -45,7 +48,8 @@ def nystrom_attention(
 ) -> Tensor:
     """Softmax attention through landmarks, in time and memory linear in the number of tokens.
 
-        F = softmax(s Q K~^T)    A = softmax(s Q~ K~^T)    G = softmax(s Q~ K^T)    output = F Z (G V)
+        F = softmax(s Q K~^T)    A = softmax(s Q~ K~^T)    G = softmax(s Q~ K^T)
+        output = gamma * (F Z (G V) + convolution) + residual
 
     where Q~ and K~ are M landmark queries and keys, and Z is `pinv_iterations` steps of `iterative_pinv` on A.
     With at least as many landmarks as queries or keys, and none given, the result is exact attention.
@@ -65,6 +69,8 @@ def nystrom_attention(
         query_padding_mask: (B, N) bool, True = not in any landmark. Where it is not given and N = S, queries and keys
             are taken for the same tokens and it is key_padding_mask.
         conv_weight: (H, kernel_size), kernel_size odd: adds a depthwise convolution of value along the tokens.
+        gamma: scalar tensor multiplied in; 1 without it.
+        residual: (B, H, N, E) added; nothing without it.
         scale: s, D ** -0.5 unless given.
         cluster_iterations: Lloyd steps that move the landmarks from those means towards their tokens; 2 is the advice.
             Gradients flow through the last means with the assignment fixed.
@@ -73,7 +79,7 @@ def nystrom_attention(
         backend: "auto", "cuda", "triton", "cpu" or "reference".
 
     Returns:
-        (B, H, N, E) in query's dtype.
+        (B, H, N, E) in query's dtype; like value's, its strides may be those of channel-first maps.
 
     Raises:
         TypeError, ValueError: naming the argument, the rule and the value.
@@ -94,6 +100,7 @@ def nystrom_attention(
     _check_masks(query, key, key_padding_mask, query_padding_mask)
     if conv_weight is not None:
         _check_conv(query, key, conv_weight)
+    check_epilogue(query, (*query.shape[:3], value.shape[3]), gamma, residual)
     if query_padding_mask is None and query.shape[2] == key.shape[2]:
         query_padding_mask = key_padding_mask
 
@@ -104,6 +111,11 @@ def nystrom_attention(
         lambda name: _op_reasons(name, query, value, query_landmarks, num_landmarks),
     )
     with torch.autocast(query.device.type, enabled=False):
+        epilogue = Epilogue(
+            conv_weight,
+            None if gamma is None else gamma.reshape(()),
+            None if residual is None else residual.to(query.dtype),
+        )
         if query_landmarks is not None or key_landmarks is not None:
             for name, option in (("grid", grid), ("cluster_iterations", cluster_iterations or None)):
                 if option is not None:
@@ -114,15 +126,11 @@ def nystrom_attention(
             layout = _layout(query.shape[2], key.shape[2], num_landmarks, grid)
             plan = _pooled_plan(query_padding_mask, key_padding_mask, layout)
         if layout is not None and math.prod(layout.landmark_grid) >= min(query.shape[2], key.shape[2]):
-            output = attention(query, key, value, key_padding_mask, scale, chosen)
-        else:
-            if cluster_iterations:
-                assert layout is not None
-                plan, layout = _clustered_plan(query, key, plan, layout, cluster_iterations, chosen), None
-            output = _attend(query, key, value, plan, layout, scale, pinv_iterations, pinv_init, chosen)
-        if conv_weight is not None:
-            output = output + reference.conv_residual(value, conv_weight, key_padding_mask)
-    return output
+            return _attend_exactly(query, key, value, key_padding_mask, epilogue, scale, chosen)
+        if cluster_iterations:
+            assert layout is not None
+            plan, layout = _clustered_plan(query, key, plan, layout, cluster_iterations, chosen), None
+        return _attend(query, key, value, plan, layout, epilogue, scale, pinv_iterations, pinv_init, chosen)
 
 
 def _op_reasons(
@@ -255,12 +263,33 @@ def _clustered_plan(query: Tensor, key: Tensor, plan: Plan, layout: Layout, iter
     )
 
 
+def _is_token_major(value: Tensor) -> bool:
+    """Whether the values lie as (B, H, N, E), and not as channel-first maps."""
+    return value.stride(2) != 1 or value.stride(3) == 1
+
+
+def _attend_exactly(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    epilogue: Epilogue,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    inputs, laid_out = (query, key, value, key_padding_mask, scale, backend), _is_token_major(value)
+    if epilogue.conv_weight is None:
+        return attention(*inputs, laid_out, epilogue.gamma, epilogue.residual)
+    return finished(attention(*inputs, laid_out), value, key_padding_mask, epilogue)
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     plan: Plan,
     layout: Layout | None,
+    epilogue: Epilogue,
     scale: float,
     pinv_iterations: int,
     pinv_init: str,
@@ -274,6 +303,10 @@ def _attend(
         count, grids = math.prod(layout.landmark_grid), layout
     if backend == "reference":
         plan = plan if layout is None else indexed(plan, layout, query.device)
-        return reference.nystrom_attention(query, key, value, plan, count, scale, pinv_iterations, global_init)
-    options = (*plan, *grids, count, scale, pinv_iterations, global_init, backend)
-    return torch.ops.nystromgan.nystrom_attention(query, key, value, *options)[0]
+        attended = reference.nystrom_attention(query, key, value, plan, count, scale, pinv_iterations, global_init)
+        return finished(attended, value, plan.key_padding_mask, epilogue)
+    fused = backend in library.FUSED_EPILOGUE
+    options = (*grids, count, scale, pinv_iterations, global_init, not fused or _is_token_major(value), backend)
+    within = epilogue if fused else Epilogue()
+    output = torch.ops.nystromgan.nystrom_attention(query, key, value, *plan, *within, *options)[0]
+    return output if fused else finished(output, value, plan.key_padding_mask, epilogue)

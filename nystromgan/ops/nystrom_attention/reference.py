@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nystromgan.ops.iterative_pinv.reference import iterative_pinv
-from nystromgan.ops.nystrom_attention.convolution import depthwise_convolution
 from nystromgan.ops.nystrom_attention.landmarks import Plan
 
 
@@ -81,13 +80,6 @@ def nystrom_attention(
         assert plan.key_index is not None
         mixed = torch.where(plan.exact_rows[:, None, None, None], pool(value, plan.key_index, num_landmarks), mixed)
     return (query_factor @ mixed).to(dtype)
-
-
-def conv_residual(value: Tensor, weight: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """Depthwise convolution along the tokens of value (B, H, S, E) with weight (H, kernel_size), zero outside."""
-    if key_padding_mask is not None:
-        value = value.masked_fill(key_padding_mask[:, None, :, None], 0.0)
-    return depthwise_convolution(value, weight.to(value.dtype))
 
 
 def cluster_landmarks(

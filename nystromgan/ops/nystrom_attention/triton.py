@@ -1,7 +1,7 @@
 """`nystrom_attention` in Triton: what each pass is launched with. The kernels are in the files beside this one."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,103 +11,21 @@ from nystromgan import _triton
 from nystromgan.ops.iterative_pinv import triton as pinv
 from nystromgan.ops.iterative_pinv import tuning as pinv_tuning
 from nystromgan.ops.nystrom_attention import triton_backward as backward
+from nystromgan.ops.nystrom_attention import triton_call as call
+from nystromgan.ops.nystrom_attention import triton_epilogue as epilogue
 from nystromgan.ops.nystrom_attention import triton_forward as forward
 from nystromgan.ops.nystrom_attention import tuning
-from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan, indexed
+from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan
 from nystromgan.ops.nystrom_attention.triton_cluster import cluster_landmarks
 from nystromgan.ops.nystrom_attention.triton_pool import (
     access,
     block_means,
-    index_counts,
     index_means,
-    index_strides,
-    three_axes,
 )
 
 __all__ = ["cluster_landmarks", "nystrom_attention", "nystrom_attention_backward"]
 
 Outputs = tuple[Tensor, ...]
-
-
-class Sizes(NamedTuple):
-    """Sizes of a call, and the tiles that hold its head dims."""
-
-    batch: int
-    heads: int
-    queries: int
-    keys: int
-    landmarks: int
-    head_dim: int
-    value_dim: int
-    block_d: int
-    block_e: int
-    widest: int
-    dtype: torch.dtype
-    architecture: int
-
-    @classmethod
-    def of(cls, query: Tensor, value: Tensor, landmarks: int) -> "Sizes":
-        batch, heads, queries, head_dim = query.shape
-        keys, value_dim = value.shape[2:]
-        block_d, block_e = _triton.tile(head_dim), _triton.tile(value_dim)
-        widest = max(block_d, block_e)
-        return cls(
-            batch, heads, queries, keys, landmarks, head_dim, value_dim, block_d, block_e, widest, query.dtype,
-            _triton.architecture(query),
-        )  # fmt: skip
-
-    @property
-    def rows(self) -> int:
-        return self.batch * self.heads
-
-    def tiles(self, name: str) -> dict[str, Any]:
-        """Tile sizes, precision and launch options of pass `name`."""
-        config = tuning.choose(name, self.architecture, self.widest, self.dtype.itemsize)
-        return {
-            "BLOCK_M": _triton.tile(self.landmarks, config.landmarks),
-            "BLOCK_N": config.tokens,
-            "BLOCK_D": self.block_d,
-            "BLOCK_E": self.block_e,
-            "PRECISION": _triton.precision(self.dtype),
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **_triton.FUSED,
-        }
-
-
-def _as_bytes(mask: Tensor | None, absent: Tensor) -> Tensor:
-    """A boolean mask as bytes; `absent` in place of None, never read."""
-    return absent if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def _mask_strides(mask: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if mask is None else (mask.shape[1], 1)
-
-
-def _landmark_masks(plan: Plan, absent: Tensor) -> dict[str, object]:
-    return {
-        "p_query_absent": _as_bytes(plan.query_landmark_mask, absent),
-        "p_key_absent": _as_bytes(plan.key_landmark_mask, absent),
-    }
-
-
-def _both_masks(plan: Plan) -> Plan:
-    """The plan with both landmark masks or none, as the kernels take them."""
-    query, key = plan.query_landmark_mask, plan.key_landmark_mask
-    if (query is None) == (key is None):
-        return plan
-    present = query if key is None else key
-    assert present is not None
-    none = torch.zeros_like(present)
-    return plan._replace(
-        query_landmark_mask=none if query is None else query, key_landmark_mask=none if key is None else key
-    )
-
-
-def _laid_out(plan: Plan, layout: Layout, device: torch.device) -> tuple[Plan, Layout | None]:
-    """The layout where both sides' landmarks are its means; otherwise none, and an index for the side that it gives."""
-    given = (plan.query_landmarks, plan.key_landmarks, plan.query_index, plan.key_index)
-    return (plan, layout) if all(x is None for x in given) else (indexed(plan, layout, device), None)
 
 
 def _means(query: Tensor, key: Tensor, plan: Plan, layout: Layout | None, num_landmarks: int) -> tuple[Tensor, Tensor]:
@@ -139,6 +57,9 @@ def nystrom_attention(
     query_landmark_mask: Tensor | None,
     key_landmark_mask: Tensor | None,
     exact_rows: Tensor | None,
+    conv_weight: Tensor | None,
+    gamma: Tensor | None,
+    residual: Tensor | None,
     query_grid: Sequence[int],
     key_grid: Sequence[int],
     landmark_grid: Sequence[int],
@@ -146,14 +67,15 @@ def nystrom_attention(
     scale: float,
     pinv_iterations: int,
     global_init: bool,
+    token_major: bool,
 ) -> Outputs:
-    """(output, query_means, key_means, context, mixed, logsumexp); see the schema of the native op."""
+    """(output, query_means, key_means, context, mixed, logsumexp); see the schema of the op."""
     plan = Plan(
         query_landmarks, key_landmarks, query_index, key_index, key_padding_mask,
         query_landmark_mask, key_landmark_mask, exact_rows,
     )  # fmt: skip
-    plan, layout = _laid_out(_both_masks(plan), Layout(query_grid, key_grid, landmark_grid), query.device)
-    sizes = Sizes.of(query, value, num_landmarks)
+    plan, layout = call.laid_out(call.both_masks(plan), Layout(query_grid, key_grid, landmark_grid), query.device)
+    sizes = call.Sizes.of(query, value, num_landmarks)
     with _triton.launch_on(query):
         query_means, key_means = _means(query, key, plan, layout, num_landmarks)
         exact_mixed = None
@@ -163,20 +85,27 @@ def nystrom_attention(
         context, mixed, logsumexp = _landmark_values(
             sizes, key, value, query_means, key_means, plan, exact_mixed, scale, pinv_iterations, global_init
         )
-        output = query.new_empty(*query.shape[:3], sizes.value_dim)
+        output = call.empty_tokens(query, sizes.queries, sizes.value_dim, token_major)
         tiles = sizes.tiles("output")
         steps = tuning.steps(sizes.queries)
         blocks = triton.cdiv(sizes.queries, steps * tiles["BLOCK_N"])
+        taps = call.taps(conv_weight)
         forward.output_kernel[(sizes.rows * blocks,)](
-            query, *query.stride(), key_means, mixed, _landmark_masks(plan, output)["p_key_absent"], output,
-            sizes.heads, sizes.queries, num_landmarks, sizes.head_dim, sizes.value_dim, blocks, scale,
-            QUERY_ACCESS=access(query), HAS_ABSENT=plan.key_landmark_mask is not None, STEPS=steps,
-            MANY=num_landmarks > tiles["BLOCK_M"], **tiles,
+            query, *query.stride(), key_means, mixed, call.landmark_masks(plan, output)["p_key_absent"],
+            output if gamma is None else gamma, output if conv_weight is None else conv_weight.contiguous(),
+            call.convolved(value, key_padding_mask, output) if taps else (0,),
+            (0,) if residual is None else (residual, *residual.stride()), output,
+            taps, sizes.heads, sizes.queries, num_landmarks, sizes.head_dim, sizes.value_dim, blocks, scale,
+            QUERY_ACCESS=access(query), VALUE_ACCESS=access(value), HAS_ABSENT=plan.key_landmark_mask is not None,
+            RESIDUAL_ACCESS=None if residual is None else access(residual), HAS_RESIDUAL=residual is not None,
+            HAS_GAMMA=gamma is not None, CONVOLVED=taps > 0, HAS_MASK=key_padding_mask is not None,
+            TOKEN_MAJOR=token_major, STEPS=steps, MANY=num_landmarks > tiles["BLOCK_M"],
+            BLOCK_K=tuning.CONVOLVED[sizes.dtype.itemsize], **tiles,
         )  # fmt: skip
     return output, query_means, key_means, context, mixed, logsumexp
 
 
-def _core_options(sizes: Sizes, iterations: int, global_init: bool) -> tuple[dict[str, object], int]:
+def _core_options(sizes: call.Sizes, iterations: int, global_init: bool) -> tuple[dict[str, object], int]:
     """Options of the pass over the keys, which may hold the program of A's inverse, and the warps that this wants."""
     block = _triton.tile(sizes.landmarks)
     fused = not global_init and sizes.landmarks <= pinv.ON_CHIP
@@ -192,13 +121,13 @@ def _core_options(sizes: Sizes, iterations: int, global_init: bool) -> tuple[dic
     }, tiled["num_warps"]
 
 
-def _core(sizes: Sizes, query_means: Tensor, key_means: Tensor, plan: Plan, scale: float) -> Tensor:
+def _core(sizes: call.Sizes, query_means: Tensor, key_means: Tensor, plan: Plan, scale: float) -> Tensor:
     """A (B, H, M, M) in a launch of its own."""
     core = query_means.new_empty(sizes.batch, sizes.heads, sizes.landmarks, sizes.landmarks)
     block = _triton.tile(sizes.landmarks)
     row_blocks = triton.cdiv(sizes.landmarks, 16)
     forward.core_kernel[(sizes.rows * row_blocks,)](
-        query_means, key_means, *_landmark_masks(plan, core).values(), core, sizes.heads, sizes.landmarks,
+        query_means, key_means, *call.landmark_masks(plan, core).values(), core, sizes.heads, sizes.landmarks,
         sizes.head_dim, scale, row_blocks, HAS_ABSENT=plan.key_landmark_mask is not None, BLOCK_C=block,
         BLOCK_D=16, num_warps=8 if block > 128 else 4, num_stages=2, **_triton.FUSED,
     )  # fmt: skip
@@ -206,7 +135,7 @@ def _core(sizes: Sizes, query_means: Tensor, key_means: Tensor, plan: Plan, scal
 
 
 def _landmark_values(
-    sizes: Sizes, key: Tensor, value: Tensor, query_means: Tensor, key_means: Tensor, plan: Plan,
+    sizes: call.Sizes, key: Tensor, value: Tensor, query_means: Tensor, key_means: Tensor, plan: Plan,
     exact_mixed: Tensor | None, scale: float, iterations: int, global_init: bool,
 ) -> Outputs:  # fmt: skip
     """(G V, W, logsumexp of G): the pass over the keys with the inverse beside it, then the product of both."""
@@ -218,14 +147,14 @@ def _landmark_values(
     splits = triton.cdiv(sizes.keys, split)
     sums = query_means.new_empty(sizes.rows, splits, count, dim)
     largest, totals = query_means.new_empty(2, sizes.rows, splits, count)
-    masks = _landmark_masks(plan, sums)
+    masks = call.landmark_masks(plan, sums)
     mask = plan.key_padding_mask
     tiles = sizes.tiles("landmarks")
     block = _triton.tile(count)
     tiles |= tuning.with_core(tiles["num_warps"], core_warps, block, sizes.keys, sizes.architecture)
     m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
     forward.landmark_kernel[(sizes.rows * (splits * m_blocks + int(core_options["CORE"])),)](  # type: ignore[call-overload]
-        key, *key.stride(), value, *value.stride(), _as_bytes(mask, sums), *_mask_strides(mask),
+        key, *key.stride(), value, *value.stride(), call.as_bytes(mask, sums), *call.mask_strides(mask),
         query_means, key_means, *masks.values(), work, sums, largest, totals,
         sizes.heads, sizes.keys, count, sizes.head_dim, dim, splits, m_blocks, scale,
         KEY_ACCESS=access(key), VALUE_ACCESS=access(value),
@@ -242,36 +171,12 @@ def _landmark_values(
     row_blocks, e_blocks = triton.cdiv(count, rows), triton.cdiv(dim, block_e)
     forward.mix_kernel[(sizes.rows * row_blocks * e_blocks,)](
         sums, largest, totals, inverse, inverse.stride(0), masks["p_query_absent"],
-        _as_bytes(plan.exact_rows, sums), mixed if exact_mixed is None else exact_mixed, context, mixed, logsumexp,
+        call.as_bytes(plan.exact_rows, sums), mixed if exact_mixed is None else exact_mixed, context, mixed, logsumexp,
         sizes.heads, count, dim, splits, row_blocks, e_blocks,
         HAS_ABSENT=plan.query_landmark_mask is not None, HAS_EXACT=exact_mixed is not None,
         ROWS=rows, BLOCK_M=rows, BLOCK_E=block_e, num_warps=4, num_stages=2, **_triton.FUSED,
     )  # fmt: skip
     return context, mixed, logsumexp
-
-
-class Members(NamedTuple):
-    """Which landmark each token is in the mean of, and how many share it: `membership`'s arguments and their kind."""
-
-    kind: str
-    arguments: tuple
-
-
-def _same(index: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two indices are one tensor, as those of self-attention under a mask are."""
-    if index is None or other is None or index.data_ptr() != other.data_ptr():
-        return False
-    return index.shape == other.shape and index.stride() == other.stride()
-
-
-def _members(index: Tensor | None, grid: Sequence[int], counts: Sequence[int], num_landmarks: int) -> Members:
-    """The tokens of an index or of a grid's blocks; of neither where the caller gave the landmarks."""
-    if index is not None:
-        sizes = index_counts(index, num_landmarks)
-        return Members("index", (index, *index_strides(index), sizes, *index_strides(sizes)[:2]))
-    if len(grid) <= 1:
-        return Members("segments", (*grid, *counts)) if grid else Members("none", (0,))
-    return Members("blocks", (*three_axes(grid), *three_axes(counts)))
 
 
 def nystrom_attention_backward(
@@ -292,6 +197,8 @@ def nystrom_attention_backward(
     query_landmark_mask: Tensor | None,
     key_landmark_mask: Tensor | None,
     exact_rows: Tensor | None,
+    conv_weight: Tensor | None,
+    gamma: Tensor | None,
     query_grid: Sequence[int],
     key_grid: Sequence[int],
     landmark_grid: Sequence[int],
@@ -299,39 +206,62 @@ def nystrom_attention_backward(
     scale: float,
     pinv_iterations: int,
     global_init: bool,
+    token_major: bool,
 ) -> Outputs:
-    """Gradients of query, key, value, and of the landmarks where the caller gave them; the others are empty."""
+    """Gradients of query, key, value, of the landmarks where the caller gave them, of conv_weight and of gamma.
+
+    What is not differentiated is empty.
+    """
     plan = Plan(
         query_landmarks, key_landmarks, query_index, key_index, key_padding_mask,
         query_landmark_mask, key_landmark_mask, exact_rows,
     )  # fmt: skip
-    plan, layout = _laid_out(_both_masks(plan), Layout(query_grid, key_grid, landmark_grid), query.device)
-    sizes = Sizes.of(query, value, num_landmarks)
+    plan, layout = call.laid_out(call.both_masks(plan), Layout(query_grid, key_grid, landmark_grid), query.device)
+    sizes = call.Sizes.of(query, value, num_landmarks)
     pass_ = Backward(
         sizes, grad_output, query, key, value, query_means, key_means, context, mixed, logsumexp, plan,
-        scale, pinv_iterations, global_init,
+        conv_weight, gamma, scale, pinv_iterations, global_init, token_major,
     )  # fmt: skip
     with _triton.launch_on(query):
         grids = layout or Layout((), (), ())
-        query_members = _members(plan.query_index, grids.query_grid, grids.landmark_grid, num_landmarks)
+        query_members = call.members(plan.query_index, grids.query_grid, grids.landmark_grid, num_landmarks)
         key_members = query_members
-        if not _same(plan.query_index, plan.key_index):
-            key_members = _members(plan.key_index, grids.key_grid, grids.landmark_grid, num_landmarks)
+        if not call.same(plan.query_index, plan.key_index):
+            key_members = call.members(plan.key_index, grids.key_grid, grids.landmark_grid, num_landmarks)
         stats = pass_.query_stats()
         sums, core = pass_.query_sums(stats)
-        grad_context, delta, grad_query_means = pass_.core(sums, core)
+        grad_context, delta, grad_query_means, grad_gamma = pass_.core(sums, core)
         grad_key, grad_value, grad_query_means = pass_.keys(sums, grad_context, delta, grad_query_means, key_members)
         grad_query = pass_.query(stats, grad_query_means, query_members)
+        grad_weight = pass_.conv_weight_gradient()
     empty = query_means.new_empty(0)
     width = num_landmarks * sizes.value_dim
-    grad_key_means = sums[:, width:].reshape(key_means.shape) if key_members.kind == "none" else empty
-    return grad_query, grad_key, grad_value, grad_query_means if query_members.kind == "none" else empty, grad_key_means
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_query_means if query_members.kind == "none" else empty,
+        sums[:, width:].reshape(key_means.shape) if key_members.kind == "none" else empty,
+        *_scaled_by_gamma(conv_weight, gamma, grad_weight, grad_gamma),
+    )
+
+
+def _scaled_by_gamma(
+    conv_weight: Tensor | None, gamma: Tensor | None, grad_weight: Tensor, grad_gamma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(d weight, d gamma), from d weight without gamma and what each head's F W adds to d gamma."""
+    if gamma is None:
+        return grad_weight, grad_gamma
+    total = grad_gamma.sum()
+    if conv_weight is None:
+        return grad_weight, total
+    return grad_weight * gamma, total + (grad_weight * conv_weight).sum()
 
 
 class Backward(NamedTuple):
     """One backward call: its tensors, and a method a pass."""
 
-    sizes: Sizes
+    sizes: call.Sizes
     grad_output: Tensor
     query_: Tensor
     key: Tensor
@@ -342,13 +272,22 @@ class Backward(NamedTuple):
     mixed: Tensor
     logsumexp: Tensor
     plan: Plan
+    weight: Tensor | None
+    gamma: Tensor | None
     scale: float
     iterations: int
     global_init: bool
+    token_major: bool
 
     @property
-    def has_absent(self) -> bool:
-        return self.plan.key_landmark_mask is not None
+    def present(self) -> dict[str, bool]:
+        """What a pass over F may find or not."""
+        return {"HAS_ABSENT": self.plan.key_landmark_mask is not None, "HAS_GAMMA": self.gamma is not None}
+
+    @property
+    def factor(self) -> Tensor:
+        """gamma, or what stands in its place and is never read."""
+        return self.mixed if self.gamma is None else self.gamma
 
     @property
     def query_access(self) -> dict[str, tuple[int, bool]]:
@@ -365,14 +304,14 @@ class Backward(NamedTuple):
         backward.query_stats_kernel[(sizes.rows * blocks,)](
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
             self.key_means, self.mixed,
-            _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta,
+            call.landmark_masks(self.plan, delta)["p_key_absent"], self.factor, row_scale, delta,
             sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
-            **self.query_access, HAS_ABSENT=self.has_absent, **tiles,
+            **self.query_access, **self.present, **tiles,
         )  # fmt: skip
         return row_scale, delta
 
     def query_sums(self, stats: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """dW and d K~ through F as rows (B H, M (E + D)), and A (B H, M, M)."""
+        """F^T dO and d K~ through F as rows (B H, M (E + D)), and A (B H, M, M)."""
         sizes, count = self.sizes, self.sizes.landmarks
         core_blocks = triton.cdiv(count, 16) if count <= pinv.ON_CHIP else 0
         core = self.query_means.new_empty(sizes.rows, count, count)
@@ -385,32 +324,34 @@ class Backward(NamedTuple):
         row_scale, delta = (parts, parts) if stats is None else stats
         backward.query_sums_kernel[(sizes.rows * (splits * m_blocks + core_blocks),)](
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
-            self.query_means, self.key_means, self.mixed, *_landmark_masks(self.plan, parts).values(),
-            row_scale, delta, core, parts,
+            self.query_means, self.key_means, self.mixed, *call.landmark_masks(self.plan, parts).values(),
+            self.factor, row_scale, delta, core, parts,
             sizes.heads, sizes.queries, count, sizes.head_dim, sizes.value_dim, splits, m_blocks, self.scale,
-            **self.query_access, HAS_ABSENT=self.has_absent, MANY=stats is not None, SPLIT=split,
+            **self.query_access, **self.present, MANY=stats is not None, SPLIT=split,
             CORE=core_blocks, BLOCK_C=_triton.tile(count, pinv.ON_CHIP), CORE_D=min(sizes.block_d, 32), **tiles,
         )  # fmt: skip
         if not core_blocks:
             core = _core(sizes, self.query_means, self.key_means, self.plan, self.scale).view(core.shape)
         return _reduced(parts), core
 
-    def core(self, sums: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """d(G V), its row sums against G V, and d Q~ through A; d K~ is completed in `sums`."""
+    def core(self, sums: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """d(G V), its row sums against G V, d Q~ through A, and d gamma (B H,); d K~ is completed in `sums`."""
         sizes, count = self.sizes, self.sizes.landmarks
         fused = not self.global_init and count <= pinv.ON_CHIP
         grad_context, grad_query_means = torch.empty_like(self.context), torch.empty_like(self.query_means)
         delta = torch.empty_like(self.logsumexp)
         grad_core = torch.empty_like(core)
+        grad_gamma = core.new_empty(0 if self.gamma is None else sizes.rows)
 
         def launch(work: Tensor, inverse: Tensor, grad_core: Tensor, **parts: bool) -> None:
             block = _triton.tile(count)
             backward.core_backward_kernel[(sizes.rows,)](
-                sums, self.context, core, work, inverse, inverse.stride(0), self.query_means, self.key_means,
-                _landmark_masks(self.plan, sums)["p_query_absent"], _as_bytes(self.plan.exact_rows, sums),
-                grad_context, delta, grad_core, grad_query_means,
+                sums, self.context, self.mixed, core, work, inverse, inverse.stride(0),
+                self.query_means, self.key_means,
+                call.landmark_masks(self.plan, sums)["p_query_absent"], call.as_bytes(self.plan.exact_rows, sums),
+                self.factor, grad_context, delta, grad_core, grad_query_means, grad_gamma,
                 sizes.heads, count, sizes.head_dim, sizes.value_dim, self.scale,
-                HAS_ABSENT=self.has_absent, HAS_EXACT=self.plan.exact_rows is not None, **parts,
+                **self.present, HAS_EXACT=self.plan.exact_rows is not None, **parts,
                 ITERATIONS=self.iterations, BLOCK_C=block,
                 CHIP=block <= pinv_tuning.CHIP_MOST_BACKWARD[sizes.architecture],
                 **pinv_tuning.choose("core_backward", sizes.architecture, block), **_triton.FUSED,
@@ -423,33 +364,35 @@ class Backward(NamedTuple):
             launch(core, core, grad_core, FIRST=True, PINV=False, LAST=False)
             grad_core, inverse = pinv.tiled_backward(grad_core, core, self.iterations, self.global_init)
             launch(core, inverse, grad_core, FIRST=False, PINV=False, LAST=True)
-        return grad_context, delta, grad_query_means
+        return grad_context, delta, grad_query_means, grad_gamma
 
     def keys(
-        self, sums: Tensor, grad_context: Tensor, delta: Tensor, grad_query_means: Tensor, members: Members
+        self, sums: Tensor, grad_context: Tensor, delta: Tensor, grad_query_means: Tensor, members: call.Members
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dK, dV, and d Q~ complete."""
         sizes, count, mask = self.sizes, self.sizes.landmarks, self.plan.key_padding_mask
-        grad_key = self.key.new_empty(self.key.shape)
-        grad_value = self.value.new_empty(self.value.shape)
+        grad_key, grad_value = (call.empty_like(x, self.token_major) for x in (self.key, self.value))
         split = tuning.split_tokens(sizes.keys, sizes.architecture)
         splits = triton.cdiv(sizes.keys, split)
         parts = grad_context.new_empty(sizes.rows, splits, count * sizes.head_dim)
-        tiles = sizes.tiles("keys")
+        taps = call.taps(self.weight)
+        tiles = sizes.tiles("keys", smaller=taps > 0 and sizes.dtype.itemsize == 4)  # else it spills on sm_80
         m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
         lift = (sizes.keys.bit_length() - 1) // 2 if sizes.dtype == torch.float16 else 0
 
         def launch(blocks: int, **parts_of: bool) -> None:
             backward.keys_kernel[(sizes.rows * splits * blocks,)](
                 self.key, *self.key.stride(), self.value, *self.value.stride(),
-                _as_bytes(mask, parts), *_mask_strides(mask),
+                call.as_bytes(mask, parts), *call.mask_strides(mask),
                 self.query_means, grad_context, self.logsumexp, delta, sums, members.arguments,
-                _as_bytes(self.plan.exact_rows, parts), grad_key, grad_value, parts,
-                sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks,
+                call.as_bytes(self.plan.exact_rows, parts), self.factor, self.taps_of(parts),
+                call.convolved(self.grad_output, None, parts) if taps else (0,), grad_key, grad_value, parts,
+                taps, sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks,
                 self.scale, float(lift),
-                KEY_ACCESS=access(self.key), VALUE_ACCESS=access(self.value),
-                HAS_MASK=mask is not None, MEMBERS=members.kind,
-                HAS_EXACT=self.plan.exact_rows is not None, SPLIT=split, **parts_of, **tiles,
+                KEY_ACCESS=access(self.key), VALUE_ACCESS=access(self.value), GRAD_ACCESS=access(self.grad_output),
+                HAS_MASK=mask is not None, MEMBERS=members.kind, HAS_EXACT=self.plan.exact_rows is not None,
+                HAS_GAMMA=self.gamma is not None, CONVOLVED=taps > 0, TOKEN_MAJOR=self.token_major,
+                SPLIT=split, BLOCK_K=tuning.CONVOLVED[sizes.dtype.itemsize], **parts_of, **tiles,
             )  # fmt: skip
 
         if m_blocks == 1:
@@ -460,9 +403,9 @@ class Backward(NamedTuple):
         total = _reduced(parts, grad_query_means.view(sizes.rows, -1))
         return grad_key, grad_value, total.view(grad_query_means.shape)
 
-    def query(self, stats: tuple[Tensor, Tensor] | None, grad_query_means: Tensor, members: Members) -> Tensor:
+    def query(self, stats: tuple[Tensor, Tensor] | None, grad_query_means: Tensor, members: call.Members) -> Tensor:
         sizes = self.sizes
-        grad_query = self.query_.new_empty(self.query_.shape)
+        grad_query = call.empty_like(self.query_, self.token_major)
         tiles = sizes.tiles("query")
         steps = tuning.steps(sizes.queries)
         blocks = triton.cdiv(sizes.queries, steps * tiles["BLOCK_N"])
@@ -470,13 +413,37 @@ class Backward(NamedTuple):
         backward.query_kernel[(sizes.rows * blocks,)](
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
             self.key_means, self.mixed,
-            _landmark_masks(self.plan, delta)["p_key_absent"], row_scale, delta, grad_query_means,
+            call.landmark_masks(self.plan, delta)["p_key_absent"], self.factor, row_scale, delta, grad_query_means,
             members.arguments, grad_query,
             sizes.heads, sizes.queries, sizes.landmarks, sizes.head_dim, sizes.value_dim, blocks, self.scale,
-            **self.query_access, HAS_ABSENT=self.has_absent, MEMBERS=members.kind,
-            MANY=stats is not None, STEPS=steps, **tiles,
+            **self.query_access, **self.present, MEMBERS=members.kind,
+            MANY=stats is not None, TOKEN_MAJOR=self.token_major, STEPS=steps, **tiles,
         )  # fmt: skip
         return grad_query
+
+    def taps_of(self, absent: Tensor) -> Tensor:
+        """The convolution's weight; `absent` in place of None, never read."""
+        return absent if self.weight is None else self.weight.contiguous()
+
+    def conv_weight_gradient(self) -> Tensor:
+        """d weight (H, taps) without gamma, in two launches; empty without a convolution."""
+        sizes, taps, mask = self.sizes, call.taps(self.weight), self.plan.key_padding_mask
+        if not taps:
+            return self.mixed.new_empty(0)
+        config = tuning.choose("weight_gradient", sizes.architecture, sizes.block_e, sizes.dtype.itemsize)
+        split = tuning.split_tokens(sizes.keys, sizes.architecture)
+        splits = triton.cdiv(sizes.keys, split)
+        chunks = triton.cdiv(config.tokens + taps - 1, config.landmarks)
+        parts = self.mixed.new_empty(sizes.rows, splits * chunks, taps)
+        epilogue.weight_gradient_kernel[(sizes.rows * splits * chunks,)](
+            call.convolved(self.grad_output, None, parts), call.convolved(self.value, mask, parts), parts,
+            sizes.heads, sizes.keys, sizes.value_dim, splits, chunks, taps,
+            GRAD_ACCESS=access(self.grad_output), VALUE_ACCESS=access(self.value), HAS_MASK=mask is not None,
+            SPLIT=split, BLOCK_N=config.tokens, BLOCK_K=config.landmarks, BLOCK_E=sizes.block_e,
+            PRECISION=_triton.precision(sizes.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
+            **_triton.FUSED,
+        )  # fmt: skip
+        return _reduced(parts).view(sizes.batch, sizes.heads, taps).sum(0)
 
 
 def _reduced(parts: Tensor, base: Tensor | None = None) -> Tensor:

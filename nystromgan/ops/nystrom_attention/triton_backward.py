@@ -15,16 +15,10 @@ import triton.language as tl
 
 from nystromgan._triton import dot
 from nystromgan.ops.iterative_pinv.triton import iterate_backward
-from nystromgan.ops.nystrom_attention.triton_forward import (
-    LOG2E,
-    absent,
-    head_of,
-    load_landmarks,
-    load_tokens,
-    store_core_rows,
-    store_tokens,
-)
+from nystromgan.ops.nystrom_attention.triton_epilogue import convolve, factor
+from nystromgan.ops.nystrom_attention.triton_forward import LOG2E, store_core_rows
 from nystromgan.ops.nystrom_attention.triton_pool import membership
+from nystromgan.ops.nystrom_attention.triton_tokens import absent, head_of, load_landmarks, load_tokens, store_tokens
 
 
 @triton.jit
@@ -51,10 +45,11 @@ def row_scale(logits):
 
 @triton.jit
 def query_stats_kernel(
-    p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
+    p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent, p_gamma,
     p_row_scale, p_delta, H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
-    QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr, HAS_ABSENT: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr, HAS_ABSENT: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For M in several blocks: each query's logarithm of F's row sum, and delta = F . dF."""
     i_bh = tl.program_id(0) // blocks
@@ -68,12 +63,13 @@ def query_stats_kernel(
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     delta = tl.zeros((BLOCK_N,), tl.float32)
+    gamma = factor(p_gamma, HAS_GAMMA)
     for start in tl.range(0, M, BLOCK_M):
         o_m = start + tl.arange(0, BLOCK_M)
         b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(b_query.dtype)  # (M, D)
         missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
         logits = factor_logits(b_query, b_key, missing, scale, PRECISION)
-        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(b_grad.dtype)  # (M, E)
+        b_mixed = (load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E) * gamma).to(b_grad.dtype)  # (M, E)
         grad_f = factor_gradient(b_grad, b_mixed, PRECISION)
         larger = tl.maximum(largest, tl.max(logits, 1))
         shift = tl.where(larger == float("-inf"), 0.0, larger)
@@ -92,16 +88,16 @@ def query_stats_kernel(
 @triton.jit
 def query_sums_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_query_means, p_key_means, p_mixed,
-    p_query_absent, p_key_absent, p_row_scale, p_delta, p_core, p_sums,
+    p_query_absent, p_key_absent, p_gamma, p_row_scale, p_delta, p_core, p_sums,
     H, N, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
     QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr,
-    HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, BLOCK_C: tl.constexpr, CORE_D: tl.constexpr,
-    MANY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_ABSENT: tl.constexpr, HAS_GAMMA: tl.constexpr, CORE: tl.constexpr, BLOCK_C: tl.constexpr,
+    CORE_D: tl.constexpr, MANY: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dW (M, E) and then d K~ (M, D) of BLOCK_M landmarks over one split of the queries.
+    """F^T dO (M, E) and then d K~ (M, D) of BLOCK_M landmarks over one split of the queries.
 
-    A head's first CORE programs are A, 16 rows each.
+    F^T dO is dW without gamma. A head's first CORE programs are A, 16 rows each.
     """
     per_head = splits * m_blocks + CORE
     i_bh = tl.program_id(0) // per_head
@@ -119,7 +115,8 @@ def query_sums_kernel(
         p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_ACCESS)
         dtype: tl.constexpr = p_query.dtype.element_ty
         b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
-        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E) * factor(p_gamma, HAS_GAMMA)
+        b_mixed = b_mixed.to(dtype)  # (M, E)
         missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
         b_grad_mixed = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         b_grad_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -190,6 +187,21 @@ def _kept(p_exact, i_b, HAS_EXACT: tl.constexpr):
 
 
 @triton.jit
+def _gamma_gradient(p_grad_mixed, p_mixed, p_grad_gamma, M, E, TILE: tl.constexpr):
+    """d gamma of a head, F^T dO . W."""
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for row in tl.range(0, M, TILE, num_stages=1):
+        o_r = row + tl.arange(0, TILE)
+        for column in tl.range(0, E, TILE, num_stages=1):
+            o_c = column + tl.arange(0, TILE)
+            inside = (o_r[:, None] < M) & (o_c[None, :] < E)
+            offsets = o_r[:, None] * E + o_c[None, :]
+            b_grad = tl.load(p_grad_mixed + offsets, mask=inside, other=0.0)
+            total += b_grad * tl.load(p_mixed + offsets, mask=inside, other=0.0)
+    tl.store(p_grad_gamma, tl.sum(tl.sum(total, 1), 0))
+
+
+@triton.jit
 def _pinv_gradient(p_grad_mixed, p_context, p_grad_pinv, keep, M, E, TILE: tl.constexpr, TILE_K: tl.constexpr):
     """dZ = dW (G V)^T."""
     for row in tl.range(0, M, TILE, num_stages=1):
@@ -253,23 +265,26 @@ def _landmark_gradients(
 
 @triton.jit
 def core_backward_kernel(
-    p_sums, p_context, p_core, p_work, p_pinv, s_pinv, p_query_means, p_key_means, p_query_absent, p_exact,
-    p_grad_context, p_delta, p_grad_core, p_grad_query_means, H, M, D, E, scale,
-    HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, FIRST: tl.constexpr, PINV: tl.constexpr, LAST: tl.constexpr,
+    p_sums, p_context, p_mixed, p_core, p_work, p_pinv, s_pinv, p_query_means, p_key_means, p_query_absent, p_exact,
+    p_gamma, p_grad_context, p_delta, p_grad_core, p_grad_query_means, p_grad_gamma, H, M, D, E, scale,
+    HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    FIRST: tl.constexpr, PINV: tl.constexpr, LAST: tl.constexpr,
     ITERATIONS: tl.constexpr, CHIP: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """From dW and G V to the landmarks, one program a head; FIRST, PINV and LAST are its three parts.
 
-    p_sums holds dW and d K~, and gets d K~ complete; p_grad_core gets dZ and then dA. Z is read by LAST from p_pinv.
-    D and E are no constants here: a loop over them that is known to turn once is unrolled, and sm_100 spills.
+    p_sums holds dW without gamma and d K~, and gets d K~ complete; p_grad_core gets dZ and then dA. Z is read by LAST
+    from p_pinv. D and E are no constants here: a loop that is known to turn once is unrolled, and sm_100 spills.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     p_sums += i_bh * M * (D + E)
     p_context += i_bh * M * E
     p_core += i_bh * M * M
     p_grad_core += i_bh * M * M
-    keep = _kept(p_exact, i_bh // H, HAS_EXACT)
+    keep = _kept(p_exact, i_bh // H, HAS_EXACT) * factor(p_gamma, HAS_GAMMA)
     if FIRST:
+        if HAS_GAMMA:
+            _gamma_gradient(p_sums, p_mixed + i_bh * M * E, p_grad_gamma + i_bh, M, E, TILE)
         _pinv_gradient(p_sums, p_context, p_grad_core, keep, M, E, TILE, TILE_K)
     if PINV:
         tl.debug_barrier()
@@ -328,16 +343,19 @@ def key_gradients(b_query, b_context, lse, delta, b_key, b_value, valid, scale, 
 @triton.jit
 def keys_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
-    p_query_means, p_grad_context, p_lse, p_delta, p_sums, members, p_exact,
-    p_grad_key, p_grad_value, p_parts, H, S, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale, lift,
-    KEY_ACCESS: tl.constexpr, VALUE_ACCESS: tl.constexpr,
-    HAS_MASK: tl.constexpr, MEMBERS: tl.constexpr, HAS_EXACT: tl.constexpr,
-    WRITE: tl.constexpr, SUM: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    p_query_means, p_grad_context, p_lse, p_delta, p_sums, members, p_exact, p_gamma, p_weight, grad,
+    p_grad_key, p_grad_value, p_parts, taps, H, S, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale, lift,
+    KEY_ACCESS: tl.constexpr, VALUE_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr,
+    HAS_MASK: tl.constexpr, MEMBERS: tl.constexpr, HAS_EXACT: tl.constexpr, HAS_GAMMA: tl.constexpr,
+    CONVOLVED: tl.constexpr,
+    WRITE: tl.constexpr, SUM: tl.constexpr, TOKEN_MAJOR: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With WRITE dK and dV of one split of the keys, over all landmarks; with SUM d Q~ of BLOCK_M landmarks over it.
 
-    G is multiplied by 2^lift: among many keys its entries are below what float16 holds.
+    G is multiplied by 2^lift: among many keys its entries are below what float16 holds. `grad` is dO as
+    `load_convolved` takes it.
     """
     i_bh = tl.program_id(0) // (splits * m_blocks)
     i_split = (tl.program_id(0) // m_blocks) % splits
@@ -362,10 +380,16 @@ def keys_kernel(
         valid = o_n < S
         if HAS_MASK:
             valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
-        b_key = load_tokens(p_keys, s_keys, s_kd, begin, valid, D, KEY_ACCESS, BLOCK_N, BLOCK_D)
-        b_value = load_tokens(p_values, s_values, s_vd, begin, valid, E, VALUE_ACCESS, BLOCK_N, BLOCK_E)
         b_grad_key = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         b_grad_value = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+        if WRITE and CONVOLVED:  # first, while nothing else takes registers
+            b_grad_value = convolve(
+                b_grad_value, grad, p_weight, taps, factor(p_gamma, HAS_GAMMA), i_b, i_h,
+                begin, S, E, True, GRAD_ACCESS, False, BLOCK_N, BLOCK_K, BLOCK_E, PRECISION,
+            )  # fmt: skip
+            b_grad_value = tl.where(valid[:, None], b_grad_value * tl.exp2(lift), 0.0)
+        b_key = load_tokens(p_keys, s_keys, s_kd, begin, valid, D, KEY_ACCESS, BLOCK_N, BLOCK_D)
+        b_value = load_tokens(p_values, s_values, s_vd, begin, valid, E, VALUE_ACCESS, BLOCK_N, BLOCK_E)
         if WRITE and not SUM:
             for other in tl.range(0, M, BLOCK_M, num_stages=1):
                 b_query, b_context, lse, delta = load_rows_of_g(
@@ -392,9 +416,10 @@ def keys_kernel(
                 b_grad_key += spread(p_sums + M * E, 0, members, i_bh, H, o_n, valid, D, BLOCK_D, MEMBERS)
             if HAS_EXACT:  # noqa: SIM102 (known when compiled; the other is not)
                 if tl.load(p_exact + i_b) != 0:
-                    b_grad_value += spread(p_sums, 0, members, i_bh, H, o_n, valid, E, BLOCK_E, MEMBERS)
-            store_tokens(p_grad_key, begin, b_grad_key, S, D, BLOCK_N, BLOCK_D)
-            store_tokens(p_grad_value, begin, b_grad_value, S, E, BLOCK_N, BLOCK_E)
+                    b_spread = spread(p_sums, 0, members, i_bh, H, o_n, valid, E, BLOCK_E, MEMBERS)
+                    b_grad_value += b_spread * factor(p_gamma, HAS_GAMMA)
+            store_tokens(p_grad_key, begin, b_grad_key, S, D, BLOCK_N, BLOCK_D, TOKEN_MAJOR)
+            store_tokens(p_grad_value, begin, b_grad_value, S, E, BLOCK_N, BLOCK_E, TOKEN_MAJOR)
     if SUM:
         o_m, o_d = i_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         p_parts += (i_bh * splits + i_split).to(tl.int64) * M * D
@@ -406,13 +431,13 @@ def keys_kernel(
 
 @triton.jit
 def query_kernel(
-    p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent,
+    p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_key_means, p_mixed, p_key_absent, p_gamma,
     p_row_scale, p_delta, p_grad_query_means, members, p_grad_query,
     H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
     QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr,
-    HAS_ABSENT: tl.constexpr, MEMBERS: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_ABSENT: tl.constexpr, HAS_GAMMA: tl.constexpr, MEMBERS: tl.constexpr, MANY: tl.constexpr,
+    TOKEN_MAJOR: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ through F, and what the queries get of d Q~."""
     i_bh = tl.program_id(0) // blocks
@@ -422,10 +447,11 @@ def query_kernel(
     p_grads, s_grads = head_of(p_grad, s_gb, s_gh, s_gn, i_b, i_h, GRAD_ACCESS)
     dtype: tl.constexpr = p_query.dtype.element_ty
     p_grad_query += i_bh.to(tl.int64) * N * D
+    gamma = factor(p_gamma, HAS_GAMMA)
     if not MANY:  # one tile of landmarks, at hand for every tile of queries
         o_m = tl.arange(0, BLOCK_M)
         b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
-        b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+        b_mixed = (load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E) * gamma).to(dtype)  # (M, E)
         missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
     for step in tl.range(0, STEPS):
         first = begin + step * BLOCK_N
@@ -442,7 +468,7 @@ def query_kernel(
                 b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
                 missing = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
                 weights = tl.exp2(factor_logits(b_query, b_key, missing, scale, PRECISION) - scales[:, None])
-                b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+                b_mixed = (load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E) * gamma).to(dtype)  # (M, E)
                 grad_logits = weights * (factor_gradient(b_grad, b_mixed, PRECISION) - delta[:, None])
                 b_grad_query = dot(grad_logits.to(dtype), b_key, b_grad_query, PRECISION)
         else:
@@ -454,4 +480,4 @@ def query_kernel(
         b_grad_query *= scale
         if MEMBERS != "none":
             b_grad_query += spread(p_grad_query_means, M * D, members, i_bh, H, o_n, o_n < N, D, BLOCK_D, MEMBERS)
-        store_tokens(p_grad_query, first, b_grad_query, N, D, BLOCK_N, BLOCK_D)
+        store_tokens(p_grad_query, first, b_grad_query, N, D, BLOCK_N, BLOCK_D, TOKEN_MAJOR)

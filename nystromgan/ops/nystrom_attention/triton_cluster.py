@@ -8,8 +8,8 @@ from torch import Tensor
 from nystromgan import _triton
 from nystromgan._triton import dot
 from nystromgan.ops.nystrom_attention import tuning
-from nystromgan.ops.nystrom_attention.triton_forward import absent, head_of, load_landmarks, load_tokens
 from nystromgan.ops.nystrom_attention.triton_pool import access, index_means, index_strides, means_of_sums
+from nystromgan.ops.nystrom_attention.triton_tokens import absent, head_of, load_landmarks, load_tokens
 
 
 @triton.jit

@@ -9,61 +9,11 @@ import triton.language as tl
 
 from nystromgan._triton import dot
 from nystromgan.ops.iterative_pinv.triton import chip_steps, initial_scale, iterate, store_matrix
+from nystromgan.ops.nystrom_attention.triton_epilogue import convolve, factor
+from nystromgan.ops.nystrom_attention.triton_tokens import absent, head_of, load_landmarks, load_tokens, store_tokens
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def load_landmarks(p, i_bh, o_m, M, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows o_m of a contiguous (B H, M, D) float32 tensor, zero outside."""
-    o_d = tl.arange(0, BLOCK_D)
-    p += i_bh.to(tl.int64) * M * D
-    return tl.load(p + o_m[:, None] * D + o_d[None, :], mask=(o_m[:, None] < M) & (o_d[None, :] < D), other=0.0)
-
-
-@triton.jit
-def head_of(p, s_b, s_h, s_n, i_b, i_h, ACCESS: tl.constexpr):
-    """The tokens of one head and their stride, which the compiler learns are multiples of what a load may take at once.
-
-    ACCESS is what `triton_pool.access` gives for the tensor.
-    """
-    VECTOR: tl.constexpr = ACCESS[0]
-    return p + (i_b * (s_b // VECTOR * VECTOR) + i_h * (s_h // VECTOR * VECTOR)), s_n // VECTOR * VECTOR
-
-
-@triton.jit
-def load_tokens(
-    p, s_n, s_d, first, valid, D: tl.constexpr, ACCESS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """BLOCK_N tokens of one head from `first`, zero where not `valid`, which may hold anything.
-
-    The first token's offset takes 64 bits. Within a tile 32 do, in half the registers, unless the tensor is WIDE.
-    """
-    WIDE: tl.constexpr = ACCESS[1]
-    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    if WIDE:
-        o_n, o_d = o_n.to(tl.int64), o_d.to(tl.int64)
-    p += tl.cast(first, tl.int64) * s_n
-    return tl.load(p + (o_n[:, None] * s_n + o_d[None, :] * s_d), mask=valid[:, None] & (o_d[None, :] < D), other=0.0)
-
-
-@triton.jit
-def store_tokens(p, first, tile, N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes BLOCK_N tokens of one head, contiguous (N, D), from `first`."""
-    o_n, o_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    p += tl.cast(first, tl.int64) * D
-    inside = (o_n[:, None] < N - first) & (o_d[None, :] < D)
-    tl.store(p + (o_n[:, None] * D + o_d[None, :]), tile.to(p.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def absent(p_mask, i_b, o_m, M, HAS_MASK: tl.constexpr):
-    """Which landmarks of o_m there are not."""
-    beyond = o_m >= M
-    if HAS_MASK:
-        beyond |= tl.load(p_mask + i_b.to(tl.int64) * M + o_m, mask=o_m < M, other=1) != 0
-    return beyond
 
 
 @triton.jit
@@ -255,13 +205,18 @@ def mix_kernel(
 
 @triton.jit
 def output_kernel(
-    p_query, s_qb, s_qh, s_qn, s_qd, p_key_means, p_mixed, p_key_absent, p_output,
-    H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
-    QUERY_ACCESS: tl.constexpr,
-    HAS_ABSENT: tl.constexpr, STEPS: tl.constexpr, MANY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    p_query, s_qb, s_qh, s_qn, s_qd, p_key_means, p_mixed, p_key_absent, p_gamma, p_weight, value, residual, p_output,
+    taps, H, N, M, D: tl.constexpr, E: tl.constexpr, blocks, scale,
+    QUERY_ACCESS: tl.constexpr, VALUE_ACCESS: tl.constexpr, RESIDUAL_ACCESS: tl.constexpr,
+    HAS_ABSENT: tl.constexpr, HAS_GAMMA: tl.constexpr, CONVOLVED: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, TOKEN_MAJOR: tl.constexpr, STEPS: tl.constexpr, MANY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """O = F W, STEPS tiles of BLOCK_N queries a program; with MANY, landmarks come in blocks."""
+    """O = gamma (F W + convolution) + residual, STEPS tiles of BLOCK_N queries a program.
+
+    With MANY, landmarks come in blocks. `residual` is its pointer and strides, `value` as `load_convolved` takes it.
+    """
     i_bh = tl.program_id(0) // blocks
     first = (tl.program_id(0) % blocks) * (STEPS * BLOCK_N)
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
@@ -270,7 +225,8 @@ def output_kernel(
     dtype: tl.constexpr = p_query.dtype.element_ty
     o_m = tl.arange(0, BLOCK_M)
     b_key = load_landmarks(p_key_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)  # (M, D)
-    b_mixed = load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E).to(dtype)  # (M, E)
+    gamma = factor(p_gamma, HAS_GAMMA)
+    b_mixed = (load_landmarks(p_mixed, i_bh, o_m, M, E, BLOCK_E) * gamma).to(dtype)  # (M, E)
     beyond = absent(p_key_absent, i_bh // H, o_m, M, HAS_ABSENT)
     for step in tl.range(0, STEPS):
         start_n = first + step * BLOCK_N
@@ -295,8 +251,18 @@ def output_kernel(
                 weights = tl.exp2(logits - shift[:, None])
                 decay = tl.exp2(largest - shift)
                 total = total * decay + tl.sum(weights, 1)
-                b_more = load_landmarks(p_mixed, i_bh, rest, M, E, BLOCK_E).to(dtype)
+                b_more = (load_landmarks(p_mixed, i_bh, rest, M, E, BLOCK_E) * gamma).to(dtype)
                 b_output = dot(weights.to(dtype), b_more, b_output * decay[:, None], PRECISION)
                 largest = larger
         b_output /= tl.where(total == 0.0, 1.0, total)[:, None]
-        store_tokens(p_output, start_n, b_output, N, E, BLOCK_N, BLOCK_E)
+        if CONVOLVED:
+            b_output = convolve(
+                b_output, value, p_weight, taps, gamma, i_b, i_h, start_n, N, E, False, VALUE_ACCESS, HAS_MASK,
+                BLOCK_N, BLOCK_K, BLOCK_E, PRECISION,
+            )  # fmt: skip
+        if HAS_RESIDUAL:
+            p_sums, s_sums = head_of(residual[0], residual[1], residual[2], residual[3], i_b, i_h, RESIDUAL_ACCESS)
+            b_output += load_tokens(
+                p_sums, s_sums, residual[4], start_n, valid, E, RESIDUAL_ACCESS, BLOCK_N, BLOCK_E
+            ).to(tl.float32)  # fmt: skip
+        store_tokens(p_output, start_n, b_output, N, E, BLOCK_N, BLOCK_E, TOKEN_MAJOR)

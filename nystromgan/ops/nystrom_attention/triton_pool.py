@@ -15,7 +15,7 @@ from nystromgan import _triton
 from nystromgan._triton import dot
 from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.landmarks import Layout
-from nystromgan.ops.nystrom_attention.triton_forward import head_of, load_tokens
+from nystromgan.ops.nystrom_attention.triton_tokens import head_of, load_tokens
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Config(NamedTuple):
-    """The most landmarks of a tile, its tokens, and how a program runs it."""
+    """The most landmarks of a tile (of weight_gradient: the values), its tokens, and how a program runs it."""
 
     landmarks: int
     tokens: int
@@ -23,7 +23,9 @@ class Config(NamedTuple):
 
 
 ARCHITECTURES = (80, 90, 100)
-PASSES = ("index_sum", "lloyd", "landmarks", "output", "query_stats", "query_sums", "keys", "query")
+PASSES = (
+    "index_sum", "lloyd", "landmarks", "output", "query_stats", "query_sums", "keys", "query", "weight_gradient",
+)  # fmt: skip
 
 # What is measured on a new device, by bytes an element.
 CANDIDATES = {
@@ -45,23 +47,29 @@ TABLE = {
         ("landmarks", 2): ("64x64/4/3", "64x32/8/2", "32x32/8/2"),
         ("landmarks", 4): ("32x32/8/1", "32x16/8/1", "16x16/8/1"),
         ("output", 2): ("128x64/8/3", "64x64/8/2", "64x32/8/2"),
-        ("output", 4): ("64x32/8/1", "32x16/8/1", "16x16/8/1"),
+        ("output", 4): ("32x32/8/1", "32x16/8/1", "16x16/8/1"),
         ("query_stats", 2): ("64x64/4/2", "64x32/8/2", "32x16/8/1"),
         ("query_stats", 4): ("32x32/8/1", "16x16/8/1", "16x16/8/1"),
         ("query_sums", 2): ("64x64/4/2", "64x32/8/2", "32x16/8/1"),
-        ("query_sums", 4): ("32x32/8/1", "16x16/8/1", "16x16/8/1"),
+        ("query_sums", 4): ("16x16/8/1", "16x16/8/1", "16x16/8/1"),
         ("keys", 2): ("64x64/8/2", "64x32/8/2", "16x16/8/1"),
-        ("keys", 4): ("32x16/8/1", "16x16/8/1", "16x16/8/1"),
+        ("keys", 4): ("16x16/8/1", "16x16/8/1", "16x16/8/1"),
         ("query", 2): ("64x32/8/2", "64x32/8/2", "32x16/8/1"),
-        ("query", 4): ("32x32/8/1", "16x16/8/1", "16x16/8/1"),
+        ("query", 4): ("32x16/8/1", "16x16/8/1", "16x16/8/1"),
+        ("weight_gradient", 2): ("32x64/4/2", "32x64/4/2", "32x32/8/2"),
+        ("weight_gradient", 4): ("32x32/8/1", "16x32/4/1", "16x16/8/1"),
     }.items()
     for architecture in ARCHITECTURES
 } | {
     ("keys", 80, 2): ("64x32/8/2", "64x32/8/2", "16x16/8/1"),
+    ("output", 80, 2): ("128x64/8/3", "64x32/8/2", "64x32/8/2"),
     ("keys", 90, 2): ("64x64/8/2", "64x32/8/2", "64x16/8/1"),
     ("landmarks", 90, 4): ("32x32/4/1", "32x16/8/1", "16x16/8/1"),
     ("query", 90, 2): ("64x64/4/2", "64x32/8/2", "32x16/8/1"),  # the 64 tokens that wgmma needs, on which sm_80 spills
 }
+
+# Tokens of which one product of the convolution takes the values, by bytes an element.
+CONVOLVED = {2: 32, 4: 16}
 
 # Programs that share the tokens of one head, by architecture: eight heads fill the 132 SMs of an H200 twice.
 SPLITS = {80: 32, 90: 32, 100: 32}

@@ -52,7 +52,7 @@ def spatiotemporal_attention(
     _check_inputs(query, key, value, num_heads)
     scale = (query.shape[1] // num_heads) ** -0.5 if scale is None else _check.finite("scale", scale)
     batch, value_channels, grid = value.shape[0], value.shape[1], query.shape[2:]
-    _check_epilogue(query, (batch, value_channels, *grid), gamma, residual)
+    check_epilogue(query, (batch, value_channels, *grid), gamma, residual)
     residual = None if residual is None else residual.to(query.dtype)
     widest = max(query.shape[1], value.shape[1]) // num_heads
     chosen = _backend.choose(OP, backend, (query, key, value), lambda name: _op_reasons(name, widest))
@@ -72,10 +72,19 @@ def spatiotemporal_attention(
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    backend: str,
+    token_major: bool = True,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Exact attention of tokens: query (B, H, N, D), key (B, H, S, D), value (B, H, S, E) -> (B, H, N, E)."""
-    return _attend(query.mT, key.mT, value.mT, key_padding_mask, None, None, scale, True, backend).mT
+    maps = (query.mT, key.mT, value.mT, key_padding_mask, gamma, None if residual is None else residual.mT)
+    return _attend(*maps, scale, token_major, backend).mT
 
 
 def _op_reasons(backend: str, widest: int) -> list[str]:
@@ -107,7 +116,8 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> 
             raise ValueError(f"num_heads must divide {name}'s {tensor.shape[1]} channels, got {num_heads}")
 
 
-def _check_epilogue(query: Tensor, shape: tuple[int, ...], gamma: Tensor | None, residual: Tensor | None) -> None:
+def check_epilogue(query: Tensor, shape: tuple[int, ...], gamma: Tensor | None, residual: Tensor | None) -> None:
+    """gamma and residual fit an output of `shape`."""
     if gamma is not None:
         _check.tensor("gamma", gamma)
         _check.same("gamma", gamma, "query", query, "device")
