@@ -68,7 +68,7 @@ def _times(chosen: list[Case], folder: pathlib.Path, args: argparse.Namespace, d
     where, rates = machine.describe(args.device), machine.rates(args.device)
     effort = THOROUGH if args.full else QUICK
     compiling = Allowance(COMPILING_S) if args.full and not args.no_compile else None
-    plan = Plan(args.device, rates, effort, compiling)
+    plan = Plan(args.device, rates, effort, compiling, too_long=set())
     modes = args.mode or (MODES if args.full else PASSES)
     pairs = [(case, mode) for case in chosen for mode in modes if mode in case.modes]
     for _ in runner.timed(pairs, plan, where, folder, steps(effort.visits * len(pairs)), deadline):

@@ -31,10 +31,16 @@ def why_not(case: Case, form: str, mode: str, plan: Plan) -> str | None:
     seconds = peer.flops / (share * gemm_rate(plan.rates, case.dtype)) * (1 if mode == FORWARD else 5)
     if seconds > plan.effort.limit_s:
         return f"a call would take about {seconds:.0f} s"
+    if plan.too_long is not None and (case.name, eager_name(form)) in plan.too_long:
+        return takes_too_long(plan)
     stored = peer.stored_bytes * (1 if mode == FORWARD else 3)
     if stored > LIMIT_BYTES[plan.device]:
         return f"would store {stored / 2**30:.0f} GiB of weights"
     return None
+
+
+def takes_too_long(plan: Plan) -> str:
+    return f"a call takes more than {plan.effort.limit_s:g} s"
 
 
 def gemm_rate(rates: dict[str, float], dtype: str) -> float:
@@ -64,7 +70,12 @@ class Exact:
 
 
 def errors(case: Case, form: str, function: Form, inputs: Inputs, exact: Exact) -> dict[str, float]:
-    """Relative errors against float64: of the output, and the largest of the gradients.
+    """`timed_errors` without the time."""
+    return timed_errors(case, form, function, inputs, exact)[0]
+
+
+def timed_errors(case: Case, form: str, function: Form, inputs: Inputs, exact: Exact) -> tuple[dict[str, float], float]:
+    """Relative errors against float64, of the output and the largest of the gradients; and the seconds of that call.
 
     A gradient that vanishes is measured against the largest of its siblings. Of exact attention among landmark forms,
     whose N x N weights float64 cannot hold, the output of the first 64 queries alone is compared.
@@ -72,8 +83,10 @@ def errors(case: Case, form: str, function: Form, inputs: Inputs, exact: Exact) 
     part = _first_head if case.heads else (lambda x: x)
     peer = peer_of(case, form)
     if case.heads and peer is not None and peer.flops and other_function(case, form):
-        return {"output": _first_queries_error(case, form, function, inputs)}
+        return _first_queries_error(case, form, function, inputs)
+    start = time.perf_counter()
     values = results(function, inputs, exact.mode)
+    seconds = time.perf_counter() - start
     expected = exact.of(form)
     found = {"output": max(testing.relative_error(part(x), y) for x, y in zip(values[0], expected[0], strict=True))}
     if len(values) > 1:
@@ -81,7 +94,7 @@ def errors(case: Case, form: str, function: Form, inputs: Inputs, exact: Exact) 
         found["gradient"] = max(
             _against_siblings(part(x), y, largest) for x, y in zip(values[1], expected[1], strict=True)
         )
-    return found
+    return found, seconds
 
 
 def _against_siblings(value: Tensor, expected: Tensor, largest: float) -> float:
@@ -90,16 +103,20 @@ def _against_siblings(value: Tensor, expected: Tensor, largest: float) -> float:
     return (value.double() - expected).norm().item() / scale
 
 
-def _first_queries_error(case: Case, form: str, function: Form, inputs: Inputs) -> float:
+def _first_queries_error(case: Case, form: str, function: Form, inputs: Inputs) -> tuple[dict[str, float], float]:
     with torch.no_grad():
+        start = time.perf_counter()
         output = function(**inputs)[:1, :1, :64]  # type: ignore[call-overload]
+        seconds = time.perf_counter() - start
         query, key, value = (_first_head(inputs[name]).double() for name in ("query", "key", "value"))
         definition = case.peers[eager_name(form)].definition
-        return testing.relative_error(output, definition(query=query[:, :, :64], key=key, value=value))
+        expected = definition(query=query[:, :, :64], key=key, value=value)
+        return {"output": testing.relative_error(output, expected)}, seconds
 
 
 def _first_head(tensor: Tensor) -> Tensor:
-    return tensor[:1, :1]
+    """Of a tensor (B, H, ...) or of a weight (H, taps)."""
+    return tensor[:1, :1] if tensor.ndim > 2 else tensor[:1]
 
 
 def results(function: Form, inputs: Inputs, mode: str) -> list[list[Tensor]]:

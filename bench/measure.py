@@ -16,7 +16,7 @@ import torch
 from nystromgan.bench import clock
 from nystromgan.bench.case import BACKWARD, OURS, Case, Form, Inputs
 from nystromgan.bench.forms import by_backend, call_of, compiles, forms_of, function_of, other_function, peer_of
-from nystromgan.bench.gate import Exact, errors, gemm_rate, why_not, wrong
+from nystromgan.bench.gate import Exact, gemm_rate, takes_too_long, timed_errors, why_not, wrong
 from nystromgan.bench.plan import Effort, Plan
 
 Row = dict[str, Any]
@@ -103,11 +103,11 @@ class Measurement:
                 yield form, self._calls(form, sets)
 
     def _calls(self, form: str, sets: Sequence[Inputs], exact: Exact | None = None) -> list[clock.Call]:
-        """The form's calls, one on each set, warm; none where it raises or `exact` shows it wrong."""
+        """The form's calls, one on each set, warm; none where it raises or does not pass beside `exact`."""
         try:
             with self.plan.compiling.spending() if self._compiles(form) else contextlib.nullcontext():
                 function = function_of(self.case, form, self.plan.backend)
-                if exact is not None and not self._is_right(form, function, sets[0], exact):
+                if exact is not None and not self._passes(form, function, sets[0], exact):
                     return []
                 calls = [call_of(self.case, function, inputs, self.mode) for inputs in sets]
                 clock.warm(calls)
@@ -121,12 +121,17 @@ class Measurement:
     def _compiles(self, form: str) -> bool:
         return self.plan.compiling is not None and compiles(self.case, form)
 
-    def _is_right(self, form: str, function: Form, inputs: Inputs, exact: Exact) -> bool:
+    def _passes(self, form: str, function: Form, inputs: Inputs, exact: Exact) -> bool:
+        """Whether the form is right, and as a peer that nothing compiles quick enough to be called some ten times."""
         row = self.found[form]
-        row["errors"] = errors(self.case, form, function, inputs, exact)
+        row["errors"], seconds = timed_errors(self.case, form, function, inputs, exact)
         if wrong(self.case, row["errors"]):
             row["wrong"] = True
-        return "wrong" not in row
+        elif seconds > self.plan.effort.limit_s and form in self.case.peers and not compiles(self.case, form):
+            row["not_run"] = takes_too_long(self.plan)
+            if self.plan.too_long is not None:
+                self.plan.too_long.add((self.case.name, form))
+        return not row.keys() & {"wrong", "not_run"}
 
     def _slowness(self, form: str) -> tuple[bool, float]:
         peer = peer_of(self.case, form)

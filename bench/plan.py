@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     """What a run measures on: device and backend, how long, the time for torch.compile if any, the machine's rates.
 
     No form is started after the deadline, on time.perf_counter's clock, and none that is in `failed`: (case, form),
-    which must not take this process down.
+    which must not take this process down, or in `too_long`, where those are added that took longer than the limit.
     """
 
     device: str
@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     backend: str = "auto"
     deadline: float = math.inf
     failed: frozenset[tuple[str, str]] = frozenset()
+    too_long: set[tuple[str, str]] | None = None  # None: not remembered from one mode of a case to the next
 
 
 class Stage(NamedTuple):

@@ -6,9 +6,11 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from torch import Tensor
 
 from nystromgan import cli, testing
 from nystromgan.bench import cli as bench_cli
@@ -24,7 +26,7 @@ from nystromgan.bench import (
     tables,
     targets,
 )
-from nystromgan.bench.case import COMPILED, FORWARD, OURS, PASSES, Case, Peer
+from nystromgan.bench.case import COMPILED, FORWARD, OURS, PASSES, Case, Form, Peer
 from nystromgan.bench.cases import cases
 from nystromgan.bench.plan import Allowance, Effort, Plan
 
@@ -77,12 +79,35 @@ def test_transformers_form_needs_nothing_of_the_tests() -> None:
     """Beside torch's CPU build PyPI's torchvision breaks what imports it; tests/conftest.py mends that for tests."""
     code = (
         "import torch, nystromgan\nfrom nystromgan.bench.baselines import packages\n"
-        "qkv = torch.randn(3, 1, 2, 64, 8)\nform = packages.transformers(2, 8, 64, 16)\n"
-        "exact = nystromgan.nystrom_attention(*qkv, num_landmarks=16, pinv_init='global_max')\n"
-        "torch.testing.assert_close(form(*qkv), exact)\n"
+        "qkv = torch.randn(3, 1, 2, 64, 8)\nform = packages.transformers(2, 8, 16)\n"
+        "for tokens in (64, 32):\n"
+        "    inputs = qkv[:, :, :, :tokens]\n"
+        "    exact = nystromgan.nystrom_attention(*inputs, num_landmarks=16, pinv_init='global_max')\n"
+        "    torch.testing.assert_close(form(*inputs), exact)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_peer_that_takes_too_long_is_called_once() -> None:
+    case = small("landmarks")
+    calls = []
+
+    def make() -> Form:
+        form = case.peers["two SDPA calls"].make()
+
+        def slow(**inputs: Tensor) -> Tensor:
+            calls.append(0)
+            time.sleep(0.05)
+            return form(**inputs)
+
+        return slow
+
+    plan = PLAN._replace(effort=Effort(0.0, 2, 2, limit_s=0.04), too_long=set())
+    for mode in ("forward", "forward+backward"):
+        row = measured(case._replace(peers={"slow": Peer(make)}), mode, plan)[1]
+        assert row["not_run"] == "a call takes more than 0.04 s"
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize(("group", "mode"), GROUPS)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 Form = Callable[..., Tensor]
 
 
-def installed() -> dict[str, Callable[[int, int, int, int], Form]]:
-    """The packages found here, as functions of heads, head dim, tokens and landmarks."""
+def installed() -> dict[str, Callable[[int, int, int], Form]]:
+    """The packages found here, as functions of heads, head dim and landmarks."""
     made = {"nystrom_attention": nystrom_attention, "transformers": transformers}
     names = {"nystrom_attention": "nystrom-attention package", "transformers": "transformers' Nyströmformer"}
     return {names[name]: make for name, make in made.items() if importlib.util.find_spec(name)}
 
 
-def nystrom_attention(heads: int, head_dim: int, tokens: int, num_landmarks: int) -> Form:
+def nystrom_attention(heads: int, head_dim: int, num_landmarks: int) -> Form:
     """nystrom_attention.NystromAttention with identities for its projections, which so costs what is between them."""
     from nystrom_attention import NystromAttention
 
@@ -37,7 +37,7 @@ def nystrom_attention(heads: int, head_dim: int, tokens: int, num_landmarks: int
     return form
 
 
-def transformers(heads: int, head_dim: int, tokens: int, num_landmarks: int) -> Form:
+def transformers(heads: int, head_dim: int, num_landmarks: int) -> Form:
     """transformers' NystromformerSelfAttention with its projections giving query, key and value."""
     make_torchvision_importable()
     from transformers import NystromformerConfig
@@ -45,7 +45,7 @@ def transformers(heads: int, head_dim: int, tokens: int, num_landmarks: int) -> 
 
     config = NystromformerConfig(
         hidden_size=heads * head_dim, num_attention_heads=heads, num_landmarks=num_landmarks,
-        segment_means_seq_len=tokens, attention_probs_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     module = NystromformerSelfAttention(config).eval()
     module.conv_kernel_size = None  # its convolution; the config, in newer versions, takes numbers alone
@@ -54,6 +54,7 @@ def transformers(heads: int, head_dim: int, tokens: int, num_landmarks: int) -> 
     def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for pick, given in zip(picks, (query, key, value), strict=True):
             pick.given = _merged(given)
+        module.seq_len = query.shape[2]  # its one length, of which the memory of a call is measured at two
         return _split(module(picks[0].given)[0], heads)
 
     return form
