@@ -18,6 +18,7 @@ from nystromgan.bench import (
     clock,
     compare,
     forms,
+    gate,
     machine,
     measure,
     memory,
@@ -87,6 +88,13 @@ def test_transformers_form_needs_nothing_of_the_tests() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_half_precision_is_multiplied_as_float32_where_that_is_faster() -> None:
+    rates = {"gemm_fp32_flop_per_s": 2.0, "gemm_bf16_flop_per_s": 1.0, "copy_bytes_per_s": 1e10}
+    assert gate.gemm_rate(rates, "bf16") == gate.gemm_rate(rates, "fp32") == 2
+    assert gate.gemm_rate({**rates, "gemm_bf16_flop_per_s": 16.0}, "bf16") == 16
+    assert gate.gemm_rate({**rates, "gemm_bf16_flop_per_s": 16.0}, "fp32") == 2
 
 
 def test_a_peer_that_takes_too_long_is_called_once() -> None:

@@ -91,7 +91,7 @@ inline void multiply_ahead(
     Prefetch<T> next) {
   constexpr int64_t kTile = 6;
   if constexpr (E::kRowPad == 1) {
-    if (cols <= 2 * kPanelVectors * kLanes) {
+    if (cols <= max(2 * kPanelVectors * kLanes, int64_t{64})) {
       for (int64_t r = 0; r < rows; r += kTile) {
         next(r / kTile, (rows + kTile - 1) / kTile);
         const StridedMatrix tile{a.data + r * a.row_stride, a.row_stride, a.k_stride};

@@ -100,13 +100,13 @@ NYSTROMGAN_INLINE int32_t reduce_min(IntVec x) {
 #endif
 }
 
-// 2^x to 1e-7 relative, exactly 1 at 0; 0 below 2^-126; NaN stays NaN. x at most 127.
+// 2^x to 1e-7 relative, exactly 1 at 0; 0 below 2^-126, or below 2^-126.5 where there is no AVX-512; NaN stays NaN. x at
+// most 127.
 NYSTROMGAN_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const Vec kept = x;
-  x = x < -127.0f ? splat(-127.0f) : x;
+  x = max(splat(-127.0f), x);
   const Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
   const Vec n = shifted - 12582912.0f;
 #endif
@@ -122,8 +122,7 @@ NYSTROMGAN_INLINE Vec exp2(Vec x) {
   // Below -126 the lane is zeroed, -inf included, where x - n is NaN; the comparison is false for NaN, which stays.
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ), p, n);
 #else
-  const IntVec bits = ((IntVec)shifted + 127) << 23;
-  return kept < -126.0f ? Vec{} : p * (Vec)bits;
+  return p * (Vec)(((IntVec)shifted + 127) << 23);  // at -127 the factor's bits are 0
 #endif
 }
 
