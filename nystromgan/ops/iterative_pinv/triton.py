@@ -29,7 +29,7 @@ MATRICES = 5  # A, Z, P, V1 and V2, through which a program works in memory; the
 @triton.jit
 def power_of_two(x):
     """The power of two at or below the largest magnitude of x; 1 for zeros."""
-    largest = tl.max(tl.abs(x))  # of all at once: an axis at a time, 3.6.0 fails on sm_100 where x is a product
+    largest = tl.max(tl.max(tl.abs(x), 1), 0)
     power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where(power == 0.0, 1.0, power)
 
@@ -94,7 +94,7 @@ def norms(p, stride_r, stride_c, M, BLOCK: tl.constexpr):
 def initial_scale(a):
     """|A|_1 |A|_inf, and 1 for a zero matrix."""
     magnitude = tl.abs(a)
-    scale = tl.max(tl.sum(magnitude, 0, keep_dims=True)) * tl.max(tl.sum(magnitude, 1, keep_dims=True))
+    scale = tl.max(tl.sum(magnitude, 0), 0) * tl.max(tl.sum(magnitude, 1), 0)
     return tl.where(scale == 0.0, 1.0, scale)
 
 
