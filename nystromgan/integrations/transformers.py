@@ -32,7 +32,6 @@ class AcceleratedSelfAttention(NystromformerSelfAttention):
             linear(hidden_states).view(heads).transpose(1, 2) for linear in (self.query, self.key, self.value)
         )
         landmarks = (None, None) if self.num_landmarks == self.seq_len else (self._means(query), self._means(key))
-        conv_weight = None if self.conv_kernel_size is None else self.conv.weight[:, 0, :, 0]
         output = nystrom_attention(
             query,
             key,
@@ -41,11 +40,10 @@ class AcceleratedSelfAttention(NystromformerSelfAttention):
             query_landmarks=landmarks[0],
             key_landmarks=landmarks[1],
             key_padding_mask=None if attention_mask is None else _padding(attention_mask, batch, tokens),
-            conv_weight=conv_weight if attention_mask is None else None,
             pinv_init="global_max" if self.init_option == "original" else "per_matrix",
         )
-        if conv_weight is not None and attention_mask is not None:  # of the padding's values too, as the original
-            output = output + depthwise_convolution(value, conv_weight)
+        if self.conv_kernel_size is not None:
+            output = output + depthwise_convolution(value, self.conv.weight[:, 0, :, 0])
         return (output.transpose(1, 2).flatten(2),)
 
     def _check_length(self, tokens: int) -> None:

@@ -277,10 +277,10 @@ def _attend_exactly(
     scale: float,
     backend: str,
 ) -> Tensor:
-    inputs, laid_out = (query, key, value, key_padding_mask, scale, backend), _is_token_major(value)
+    inputs = (query, key, value, key_padding_mask, scale, backend, _is_token_major(value))
     if epilogue.conv_weight is None:
-        return attention(*inputs, laid_out, epilogue.gamma, epilogue.residual)
-    return finished(attention(*inputs, laid_out), value, key_padding_mask, epilogue)
+        return attention(*inputs, epilogue.gamma, epilogue.residual)
+    return finished(attention(*inputs), value, key_padding_mask, epilogue)
 
 
 def _attend(

@@ -92,7 +92,7 @@ def nystrom_attention(
         taps = call.taps(conv_weight)
         forward.output_kernel[(sizes.rows * blocks,)](
             query, *query.stride(), key_means, mixed, call.landmark_masks(plan, output)["p_key_absent"],
-            output if gamma is None else gamma, output if conv_weight is None else conv_weight.contiguous(),
+            call.given(gamma, output), call.given(conv_weight, output),
             call.convolved(value, key_padding_mask, output) if taps else (0,),
             (0,) if residual is None else (residual, *residual.stride()), output,
             taps, sizes.heads, sizes.queries, num_landmarks, sizes.head_dim, sizes.value_dim, blocks, scale,
@@ -287,7 +287,7 @@ class Backward(NamedTuple):
     @property
     def factor(self) -> Tensor:
         """gamma, or what stands in its place and is never read."""
-        return self.mixed if self.gamma is None else self.gamma
+        return call.given(self.gamma, self.mixed)
 
     @property
     def query_access(self) -> dict[str, tuple[int, bool]]:
@@ -385,7 +385,7 @@ class Backward(NamedTuple):
                 self.key, *self.key.stride(), self.value, *self.value.stride(),
                 call.as_bytes(mask, parts), *call.mask_strides(mask),
                 self.query_means, grad_context, self.logsumexp, delta, sums, members.arguments,
-                call.as_bytes(self.plan.exact_rows, parts), self.factor, self.taps_of(parts),
+                call.as_bytes(self.plan.exact_rows, parts), self.factor, call.given(self.weight, parts),
                 call.convolved(self.grad_output, None, parts) if taps else (0,), grad_key, grad_value, parts,
                 taps, sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks,
                 self.scale, float(lift),
@@ -420,10 +420,6 @@ class Backward(NamedTuple):
             MANY=stats is not None, TOKEN_MAJOR=self.token_major, STEPS=steps, **tiles,
         )  # fmt: skip
         return grad_query
-
-    def taps_of(self, absent: Tensor) -> Tensor:
-        """The convolution's weight; `absent` in place of None, never read."""
-        return absent if self.weight is None else self.weight.contiguous()
 
     def conv_weight_gradient(self) -> Tensor:
         """d weight (H, taps) without gamma, in two launches; empty without a convolution."""

@@ -59,6 +59,11 @@ class Sizes(NamedTuple):
         }
 
 
+def given(tensor: Tensor | None, absent: Tensor) -> Tensor:
+    """A tensor, contiguous; `absent` in place of None, never read."""
+    return absent if tensor is None else tensor.contiguous()
+
+
 def as_bytes(mask: Tensor | None, absent: Tensor) -> Tensor:
     """A boolean mask as bytes; `absent` in place of None, never read."""
     return absent if mask is None else mask.contiguous().view(torch.uint8)
