@@ -49,38 +49,50 @@ NYSTROMGAN_INLINE void multiply_tile(
     }
 }
 
-// All rows of one panel of columns: tiles of `tile` rows, then of half as many, down to one.
-template <int tile, int vectors, bool accumulate>
+// All rows of one panel of columns: tiles of `tile` rows, then of half as many, down to one; each_tile() comes before each.
+template <int tile, int vectors, bool accumulate, class EachTile>
 NYSTROMGAN_INLINE void multiply_panel(
-    int64_t row, int64_t rows, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  for (; row + tile <= rows; row += tile)
+    int64_t row, int64_t rows, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
+    EachTile each_tile) {
+  for (; row + tile <= rows; row += tile) {
+    each_tile();
     multiply_tile<tile, vectors, accumulate>(
         a.data + row * a.row_stride, a.row_stride, a.k_stride, b, ldb, c + row * ldc, ldc, k);
-  if constexpr (tile > 1) multiply_panel<tile / 2, vectors, accumulate>(row, rows, k, a, b, ldb, c, ldc);
+  }
+  if constexpr (tile > 1) multiply_panel<tile / 2, vectors, accumulate>(row, rows, k, a, b, ldb, c, ldc, each_tile);
 }
 
 // Few vectors a row need more rows a tile to keep both multipliers busy.
-template <int vectors, bool accumulate>
-inline void multiply_panel(int64_t rows, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
+template <int vectors, bool accumulate, class EachTile>
+inline void multiply_panel(
+    int64_t rows, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc, EachTile each_tile) {
   constexpr int tile = vectors == kPanelVectors ? 6 : vectors == 3 ? 8 : 12;
-  multiply_panel<tile, vectors, accumulate>(0, rows, k, a, b, ldb, c, ldc);
+  multiply_panel<tile, vectors, accumulate>(0, rows, k, a, b, ldb, c, ldc, each_tile);
+}
+
+// each_tile() is called before every tile of C.
+template <bool accumulate, class EachTile>
+inline void multiply_float(
+    int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc,
+    EachTile each_tile) {
+  constexpr int64_t kPanel = kPanelVectors * kLanes;
+  const int64_t padded = round_up(cols, kLanes);
+  int64_t col = 0;
+  for (; col + kPanel <= padded; col += kPanel)
+    multiply_panel<kPanelVectors, accumulate>(rows, k, a, b + col, ldb, c + col, ldc, each_tile);
+  switch ((padded - col) / kLanes) {
+    case 1: return multiply_panel<1, accumulate>(rows, k, a, b + col, ldb, c + col, ldc, each_tile);
+#if defined(__AVX512F__)
+    case 2: return multiply_panel<2, accumulate>(rows, k, a, b + col, ldb, c + col, ldc, each_tile);
+    case 3: return multiply_panel<3, accumulate>(rows, k, a, b + col, ldb, c + col, ldc, each_tile);
+#endif
+  }
 }
 
 template <bool accumulate>
 inline void multiply_float(
     int64_t rows, int64_t cols, int64_t k, StridedMatrix a, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  constexpr int64_t kPanel = kPanelVectors * kLanes;
-  const int64_t padded = round_up(cols, kLanes);
-  int64_t col = 0;
-  for (; col + kPanel <= padded; col += kPanel)
-    multiply_panel<kPanelVectors, accumulate>(rows, k, a, b + col, ldb, c + col, ldc);
-  switch ((padded - col) / kLanes) {
-    case 1: return multiply_panel<1, accumulate>(rows, k, a, b + col, ldb, c + col, ldc);
-#if defined(__AVX512F__)
-    case 2: return multiply_panel<2, accumulate>(rows, k, a, b + col, ldb, c + col, ldc);
-    case 3: return multiply_panel<3, accumulate>(rows, k, a, b + col, ldb, c + col, ldc);
-#endif
-  }
+  multiply_float<accumulate>(rows, cols, k, a, b, ldb, c, ldc, [] {});
 }
 
 }  // namespace nystromgan::NYSTROMGAN_ISA

@@ -51,25 +51,19 @@ inline int64_t block_tokens(int64_t landmarks) {
   return max(kLeast, min(16384 / round_up(landmarks, kLanes) / kLeast * kLeast, kMost));
 }
 
-// Asks for part `step` of `steps` of a block of rows, ahead of its use: without it a core waits for memory between its
-// products, a third of the keys' pass at N = 16384.
+// Rows that are used soon.
 template <class T>
 struct Prefetch {
   const T* x;
   int64_t token, rows, dim;
-
-  void operator()(int64_t step, int64_t steps) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t r = rows * step / steps; r < rows * (step + 1) / steps; ++r)
-      for (int64_t c = 0; c < dim; c += kLine) __builtin_prefetch(x + r * token + c, 0, 2);
-  }
 };
 
-// The same a few lines at a time, for loops that compute between a product and the next.
+// Asks for them ahead of their use, a few lines at every step: without it a core waits for memory between its products, a
+// third of the keys' pass at N = 16384.
 template <class T>
 struct PrefetchLines {
   Prefetch<T> next;
-  int64_t steps;  // of the loop
+  int64_t steps;  // until all are asked for
   int64_t lines = steps > 0 ? (next.rows * ((next.dim * int64_t{sizeof(T)} + 63) / 64) + steps - 1) / steps : 0;
   const T* at = next.x;
   int64_t r = 0, c = 0;
@@ -83,23 +77,20 @@ struct PrefetchLines {
   }
 };
 
-// E::multiply with a prefetch spread over it; in one burst it would fill the line buffers and stall the product. Products
-// on tiles are too short to hide one, and what the processor foresees by itself is as fast.
+// E::multiply with a prefetch spread over its tiles: all that six rows of 64 allow at once, 24 lines, fills the line buffers
+// and stalls the product, which made the forward 3 to 5% slower on Zen 3. Wide products have it at once, long before its
+// use. Products on AMX's tiles are too short to hide one, and what the processor foresees by itself is as fast.
 template <class E, class T, bool accumulate>
 inline void multiply_ahead(
     int64_t rows, int64_t cols, int64_t k, typename E::Left a, typename E::Right b, float* c, int64_t ldc,
     Prefetch<T> next) {
-  constexpr int64_t kTile = 6;
   if constexpr (E::kRowPad == 1) {
-    if (cols <= max(2 * kPanelVectors * kLanes, int64_t{64})) {
-      for (int64_t r = 0; r < rows; r += kTile) {
-        next(r / kTile, (rows + kTile - 1) / kTile);
-        const StridedMatrix tile{a.data + r * a.row_stride, a.row_stride, a.k_stride};
-        E::template multiply<accumulate>(min(kTile, rows - r), cols, k, tile, b, c + r * ldc, ldc);
-      }
-      return;
+    constexpr int64_t kTile = 6, kPanel = kPanelVectors * kLanes;
+    if (cols <= 64) {
+      PrefetchLines<T> ahead{next, (rows + kTile - 1) / kTile * ((cols + kPanel - 1) / kPanel)};
+      return multiply_float<accumulate>(rows, cols, k, a, b.data, b.ld, c, ldc, [&] { ahead.step(); });
     }
-    next(0, 1);
+    PrefetchLines<T>{next, 1}.step();
   }
   E::template multiply<accumulate>(rows, cols, k, a, b, c, ldc);
 }
