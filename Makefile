@@ -9,7 +9,7 @@ LINKED := build/linked
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 READY := $(VENV)/ready
 
-.PHONY: demo test lint linked format native cuda-check wheel sanitize bench bench-docs gpu-check clean
+.PHONY: demo test lint linked format native cuda-check triton-check wheel sanitize bench bench-docs gpu-check clean
 
 demo: native
 	$(PY) -m nystromgan.zoo.demo
@@ -40,6 +40,10 @@ native: $(READY)
 cuda-check: $(READY)
 	NYSTROMGAN_BUILD=cuda $(PY) setup.py -q build_native --inplace
 	$(PY) -m pytest -q tests/test_cuda_library.py tests/test_backend.py
+
+# Registers, spills and shared memory of the Triton kernels for sm_80, sm_90 and sm_100, over many shapes.
+triton-check: $(READY)
+	$(PY) -m pytest -q tests/ops/triton_aot_sweep.py
 
 wheel: $(READY)
 	rm -rf build/lib* build/bdist*

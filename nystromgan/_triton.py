@@ -67,6 +67,11 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def as_bytes(mask: Tensor | None, absent: Tensor) -> Tensor:
+    """A boolean mask as bytes; `absent` in place of None, never read."""
+    return absent if mask is None else mask.contiguous().view(torch.uint8)
+
+
 @triton.jit
 def dot(b_a, b_b, b_sum, PRECISION: tl.constexpr):
     """b_sum + b_a @ b_b in float32. The interpreter, which takes bfloat16 for integers, gets wider operands."""
@@ -74,4 +79,25 @@ def dot(b_a, b_b, b_sum, PRECISION: tl.constexpr):
         b_sum = tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_sum)
     else:
         b_sum = tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+    return b_sum
+
+
+@triton.jit
+def dot_rows(b_a, b_b, PRECISION: tl.constexpr, b_sum=None):
+    """b_sum + b_a @ b_b^T in float32, of tiles (R, K) and (C, K).
+
+    More than 128 float32 columns are taken 32 at a time, by one warp each: every warp of a whole product would hold all
+    256 columns of its rows, twice as tf32x3 splits them, which are more registers than it has.
+    """
+    R: tl.constexpr = b_a.shape[0]
+    C: tl.constexpr = b_b.shape[0]
+    K: tl.constexpr = b_a.shape[1]
+    if b_sum is None:
+        b_sum = tl.zeros((R, C), tl.float32)
+    if b_a.dtype == tl.float32 and K > 128:
+        b_a = tl.permute(tl.reshape(b_a, (R, K // 32, 32)), (1, 0, 2))
+        b_b = tl.permute(tl.reshape(b_b, (C, K // 32, 32)), (1, 2, 0))
+        b_sum += tl.sum(dot(b_a, b_b, tl.zeros((K // 32, R, C), tl.float32), PRECISION), 0)
+    else:
+        b_sum = dot(b_a, tl.trans(b_b), b_sum, PRECISION)
     return b_sum

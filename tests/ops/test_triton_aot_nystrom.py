@@ -1,11 +1,10 @@
 """The Triton kernels of iterative_pinv and nystrom_attention compiled for GPUs that are not here.
 
-Nothing may spill, shared memory must hold, and sm_90 must multiply by wgmma. The launchers run as they are, on meta
-tensors, and compile what they would launch.
+Nothing may spill, shared memory must hold, and sm_90 must multiply by wgmma. `make triton-check` goes over many more
+shapes.
 """
 
 import re
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,26 +15,10 @@ from nystromgan.bench.triton_aot import SHARED_LIMIT, compiled_for, resources
 if _env.triton_interpret():
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
+from nystromgan.bench.triton_aot_cases import Case, check, compile_case
 from nystromgan.ops.iterative_pinv import triton as pinv
-from nystromgan.ops.nystrom_attention import triton as kernels
-from nystromgan.ops.nystrom_attention.landmarks import grid_index, masked_landmarks
 
 ARCHITECTURES = [80, 90, 100]
-LIMIT = {**SHARED_LIMIT, 80: 99 * 1024}  # what serves sm_80 serves sm_86, sm_89 and sm_120, which have less
-
-
-class Case(NamedTuple):
-    """A training step of nystrom_attention."""
-
-    dtype: torch.dtype
-    landmarks: int
-    head_dim: int
-    value_dim: int
-    tokens: int
-    masked: bool = False
-    taps: int = 0  # of a convolution, with a gamma and a residual, over channel-first maps
-
-
 LONG = Case(torch.bfloat16, 64, 64, 64, 65536)  # programs that work through several tiles of tokens
 NARROW = Case(torch.float16, 64, 8, 64, 1024)
 CASES = [
@@ -50,42 +33,11 @@ CASES = [
     (100, Case(torch.bfloat16, 64, 8, 64, 2048)),
     (90, Case(torch.bfloat16, 512, 4, 32, 8192)),
     (90, Case(torch.float32, 64, 64, 64, 1024)),
+    (90, Case(torch.float32, 33, 256, 256, 1025, masked=True)),
+    (100, Case(torch.float32, 63, 256, 256, 1024, taps=33)),
     (90, Case(torch.float32, 2, 1, 1, 1025, masked=True)),
     (100, Case(torch.float16, 64, 128, 128, 4097, masked=True)),
 ]
-
-
-def compile_case(architecture: int, case: Case) -> list[Any]:
-    """Every kernel that a training step with and without clustered landmarks launches."""
-    dtype, landmarks, head_dim, value_dim, tokens, masked, taps = case
-
-    def empty(dim: int) -> torch.Tensor:
-        if taps:
-            return torch.empty(1, 2, dim, tokens, dtype=dtype, device="meta").mT
-        return torch.empty(1, 2, tokens, dim, dtype=dtype, device="meta")
-
-    query, key, value = empty(head_dim), empty(head_dim), empty(value_dim)
-    epilogue: tuple = (None, None, None)
-    if taps:
-        epilogue = (torch.empty(2, taps, dtype=dtype, device="meta"), torch.empty((), device="meta"), empty(value_dim))
-    index = grid_index((tokens,), (landmarks,), torch.device("meta"))
-    plan: tuple = (None,) * 8
-    if masked:
-        mask = torch.empty(1, tokens, dtype=torch.bool, device="meta")
-        index, absent, exact = masked_landmarks(mask, (tokens,), (landmarks,))
-        plan = (None, None, index, index, mask, absent, absent, exact)
-    options = ((tokens,), (tokens,), (landmarks,), landmarks, 0.125, 6, False, not taps)
-    with compiled_for(architecture) as compiled:
-        output, *saved = kernels.nystrom_attention(query, key, value, *plan, *epilogue, *options)
-        kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *epilogue[:2], *options)
-        kernels.cluster_landmarks(key, index, None, None, landmarks, 1)
-    return compiled
-
-
-def check(architecture: int, compiled: list[Any]) -> None:
-    for need in map(resources, compiled):
-        assert need.spilled_bytes == 0, need
-        assert need.shared_bytes <= LIMIT[architecture], need
 
 
 @pytest.mark.parametrize(("architecture", "case"), CASES, ids=str)

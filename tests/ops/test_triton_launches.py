@@ -79,9 +79,16 @@ def test_gamma_a_residual_and_a_convolution_add_no_launch_but_the_gradient_of_it
     assert [name for name, _ in backward][6:] == ["weight_gradient_kernel", "reduce_kernel"]
 
 
-def test_a_mask_counts_the_tokens_of_its_landmarks_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Queries and keys of self-attention have one index."""
-    _, backward = attention(monkeypatch, torch.bfloat16, 64, 64, masked=True)
+def test_a_mask_pools_all_that_it_must_in_two_launches_and_counts_its_landmarks_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Queries and keys of self-attention have one index; the means of exact rows' values come with theirs."""
+    forward, backward = attention(monkeypatch, torch.bfloat16, 64, 64, masked=True)
+    assert [name for name, _ in forward] == [
+        "index_sum_kernel", "mean_kernel", "landmark_kernel", "mix_kernel", "output_kernel",
+    ]  # fmt: skip
+    assert dict(forward)["index_sum_kernel"]["SIDES"] == 2
+    assert dict(forward)["index_sum_kernel"]["HAS_VALUES"]
     assert [name for name, _ in backward].count("count_kernel") == 1
 
 

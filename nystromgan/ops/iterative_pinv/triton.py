@@ -60,7 +60,7 @@ def load_matrix(p, stride_r, stride_c, M, BLOCK: tl.constexpr):
 def store_matrix(p, tile, M, BLOCK: tl.constexpr):
     """Writes one tile as a contiguous (M, M) matrix."""
     o = tl.arange(0, BLOCK)
-    tl.store(p + o[:, None] * M + o[None, :], tile, mask=(o[:, None] < M) & (o[None, :] < M))
+    tl.store(p + (o[:, None] * M + o[None, :]), tile, mask=(o[:, None] < M) & (o[None, :] < M))
 
 
 @triton.jit
@@ -214,13 +214,13 @@ def step_tile(
 
 
 @triton.jit
-def copy_matrix(p, stride_r, stride_c, divisor, p_out, M, BLOCK: tl.constexpr):
-    """Writes an (M, M) matrix, divided, as a contiguous one."""
+def copy_matrix(p, stride_r, stride_c, divisor, M, p_out, side, BLOCK: tl.constexpr):
+    """Writes an (M, M) matrix, divided, as a contiguous one of (side, side): cropped, or padded with zeros."""
     o_c = tl.arange(0, BLOCK)
     for step in tl.range(0, BLOCK // 16, num_stages=1):
         o_r = step * 16 + tl.arange(0, 16)
         rows = load_rows(p, stride_r, stride_c, step, M, BLOCK) / divisor  # (16, M)
-        tl.store(p_out + o_r[:, None] * M + o_c[None, :], rows, mask=(o_r[:, None] < M) & (o_c[None, :] < M))
+        tl.store(p_out + o_r[:, None] * side + o_c[None, :], rows, mask=(o_r[:, None] < side) & (o_c[None, :] < side))
 
 
 @triton.jit
@@ -237,9 +237,9 @@ def iterate(
     tl.debug_barrier()
     column_max, row_max, _, _ = norms(p_work, M, 1, M, BLOCK)
     scale = tl.where(column_max * row_max == 0.0, 1.0, column_max * row_max)
-    copy_matrix(p_work, 1, M, scale, p_work + size, M, BLOCK)
+    copy_matrix(p_work, 1, M, scale, M, p_work + size, M, BLOCK)
     if DERIVATIVE:
-        copy_matrix(p_work + 5 * size, 1, M, scale, p_work + 6 * size, M, BLOCK)
+        copy_matrix(p_work + 5 * size, 1, M, scale, M, p_work + 6 * size, M, BLOCK)
     if CHIP:
         tl.debug_barrier()
         b_z, b_moved_z = chip_steps_moved(
@@ -260,43 +260,45 @@ def iterate(
 
 
 @triton.jit
-def finish_gradient(p_work, p_grad_a, M, BLOCK: tl.constexpr):
+def finish_gradient(p_work, side, p_grad_a, M, BLOCK: tl.constexpr):
     """dA = (Z')^T and what comes through Z_0 = A^T / c of the c = |A|_1 |A|_inf, the maxima's to their first place.
+
+    p_work holds matrices of (side, side), zero beyond M, and dA gets (M, M).
 
     From Z(t A, t^2 c) = Z(A, c) / t, dc = -(<A', Z^T> + <A, (Z')^T>) / 2c.
     """
-    size = M * M
-    column_max, row_max, i, j = norms(p_work, M, 1, M, BLOCK)
+    size = side * side
+    column_max, row_max, i, j = norms(p_work, side, 1, side, BLOCK)
     scale = column_max * row_max
     empty = scale == 0.0
     total = 0.0
     for step in tl.range(0, BLOCK // 16, num_stages=1):
-        b_z = load_rows(p_work + size, 1, M, step, M, BLOCK)  # (16, M), a derivative's 5 matrices further
-        total += tl.sum(tl.sum(load_rows(p_work + 5 * size, M, 1, step, M, BLOCK) * b_z, 1), 0)
-        b_a = load_rows(p_work, M, 1, step, M, BLOCK)
-        total += tl.sum(tl.sum(load_rows(p_work + 6 * size, 1, M, step, M, BLOCK) * b_a, 1), 0)
+        b_z = load_rows(p_work + size, 1, side, step, side, BLOCK)  # (16, side), a derivative's 5 matrices further
+        total += tl.sum(tl.sum(load_rows(p_work + 5 * size, side, 1, step, side, BLOCK) * b_z, 1), 0)
+        b_a = load_rows(p_work, side, 1, step, side, BLOCK)
+        total += tl.sum(tl.sum(load_rows(p_work + 6 * size, 1, side, step, side, BLOCK) * b_a, 1), 0)
     grad_scale = tl.where(empty, 0.0, -0.5 * total / tl.where(empty, 1.0, scale))
     o_c = tl.arange(0, BLOCK)
     for step in tl.range(0, BLOCK // 16, num_stages=1):
         o_r = step * 16 + tl.arange(0, 16)
-        b_a = load_rows(p_work, M, 1, step, M, BLOCK)
+        b_a = load_rows(p_work, side, 1, step, side, BLOCK)
         sign = tl.where(b_a > 0.0, 1.0, tl.where(b_a < 0.0, -1.0, 0.0))
         picked = tl.where(o_c[None, :] == j, grad_scale * row_max, 0.0)
         picked += tl.where(o_r[:, None] == i, grad_scale * column_max, 0.0)
-        b_grad = load_rows(p_work + 6 * size, 1, M, step, M, BLOCK) + sign * picked
+        b_grad = load_rows(p_work + 6 * size, 1, side, step, side, BLOCK) + sign * picked
         tl.store(p_grad_a + o_r[:, None] * M + o_c[None, :], b_grad, mask=(o_r[:, None] < M) & (o_c[None, :] < M))
 
 
 @triton.jit
 def iterate_backward(
-    p_a, a_r, a_c, p_grad, grad_r, grad_c, p_work, p_grad_a, M,
+    p_a, a_r, a_c, p_grad, grad_r, grad_c, p_grad_a, M, p_work, side,
     ITERATIONS: tl.constexpr, CHIP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """The gradient of A from that of the last Z, which is the second matrix of p_work then; p_grad may be p_grad_a."""
-    copy_matrix(p_a, a_r, a_c, 1.0, p_work, M, BLOCK)
-    copy_matrix(p_grad, grad_c, grad_r, 1.0, p_work + 5 * M * M, M, BLOCK)
-    iterate(p_work, M, ITERATIONS, True, CHIP, BLOCK, TILE, TILE_K)
-    finish_gradient(p_work, p_grad_a, M, BLOCK)
+    copy_matrix(p_a, a_r, a_c, 1.0, M, p_work, side, BLOCK)
+    copy_matrix(p_grad, grad_c, grad_r, 1.0, M, p_work + 5 * side * side, side, BLOCK)
+    iterate(p_work, side, ITERATIONS, True, CHIP, BLOCK, TILE, TILE_K)
+    finish_gradient(p_work, side, p_grad_a, M, BLOCK)
 
 
 @triton.jit
@@ -311,25 +313,26 @@ def chip_kernel(
 
 @triton.jit
 def iterate_kernel(
-    p_matrix, stride_b, stride_r, stride_c, p_work, p_pinv, M,
+    p_matrix, stride_b, stride_r, stride_c, p_work, side, p_pinv, M,
     ITERATIONS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     i_matrix = tl.program_id(0).to(tl.int64)
-    p_work += i_matrix * 5 * M * M
-    copy_matrix(p_matrix + i_matrix * stride_b, stride_r, stride_c, 1.0, p_work, M, BLOCK)
-    iterate(p_work, M, ITERATIONS, False, False, BLOCK, TILE, TILE_K)
-    copy_matrix(p_work + M * M, M, 1, 1.0, p_pinv + i_matrix * M * M, M, BLOCK)
+    p_work += i_matrix * 5 * side * side
+    copy_matrix(p_matrix + i_matrix * stride_b, stride_r, stride_c, 1.0, M, p_work, side, BLOCK)
+    iterate(p_work, side, ITERATIONS, False, False, BLOCK, TILE, TILE_K)
+    copy_matrix(p_work + side * side, side, 1, 1.0, side, p_pinv + i_matrix * M * M, M, BLOCK)
 
 
 @triton.jit
 def backward_kernel(
-    p_matrix, stride_b, stride_r, stride_c, p_grad, grad_b, grad_r, grad_c, p_work, p_grad_matrix, M,
+    p_matrix, stride_b, stride_r, stride_c, p_grad, grad_b, grad_r, grad_c, p_work, side, p_grad_matrix, M,
     ITERATIONS: tl.constexpr, CHIP: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     i_matrix = tl.program_id(0).to(tl.int64)
     iterate_backward(
         p_matrix + i_matrix * stride_b, stride_r, stride_c, p_grad + i_matrix * grad_b, grad_r, grad_c,
-        p_work + i_matrix * 10 * M * M, p_grad_matrix + i_matrix * M * M, M, ITERATIONS, CHIP, BLOCK, TILE, TILE_K,
+        p_grad_matrix + i_matrix * M * M, M, p_work + i_matrix * 10 * side * side, side,
+        ITERATIONS, CHIP, BLOCK, TILE, TILE_K,
     )  # fmt: skip
 
 
@@ -344,6 +347,14 @@ def product_kernel(
     size = tl.cast(M, tl.int64) * M
     p_work += i_matrix * (10 if DERIVATIVE else 5) * size
     step_tile(p_work, size, v, i_tile // tiles, i_tile % tiles, M, DERIVATIVE, TILE, TILE_K, K_STEPS)
+
+
+def padded(size: int) -> int:
+    """The side of the matrices that a program works in: their rows begin at multiples of 16 elements.
+
+    Loads of one element at a time, as odd rows ask for, make the backward of 33 rows spill.
+    """
+    return triton.cdiv(size, 16) * 16
 
 
 def _tiled_steps(work: Tensor, iterations: int) -> None:
@@ -418,7 +429,7 @@ def iterative_pinv(matrix: Tensor, iterations: int, global_init: bool) -> Tensor
     if matrix.numel() == 0:
         return matrix.new_empty(matrix.shape)
     matrices = within_32_bits(matrix)
-    count, block = len(matrices), _triton.tile(size)
+    count, block, side = len(matrices), _triton.tile(size), padded(size)
     with _triton.launch_on(matrix):
         if global_init or size > ON_CHIP:
             return _tiled(matrices, iterations, global_init).view(matrix.shape)
@@ -426,7 +437,7 @@ def iterative_pinv(matrix: Tensor, iterations: int, global_init: bool) -> Tensor
         pinv = matrix.new_empty(matrix.shape)
         if block > tuning.CHIP_MOST[architecture]:
             iterate_kernel[(count,)](
-                matrices, *matrices.stride(), matrix.new_empty(count, MATRICES, size, size), pinv, size,
+                matrices, *matrices.stride(), matrix.new_empty(count, MATRICES, side, side), side, pinv, size,
                 ITERATIONS=iterations, BLOCK=block,
                 **tuning.choose("iterate", architecture, block), **_triton.FUSED,
             )  # fmt: skip
@@ -448,10 +459,11 @@ def iterative_pinv_backward(grad_output: Tensor, matrix: Tensor, iterations: int
         if global_init or size > ON_CHIP:
             return tiled_backward(grads, matrices, iterations, global_init)[0].view(matrix.shape)
         grad_matrix = matrix.new_empty(matrix.shape)
-        count, block = len(matrices), _triton.tile(size)
+        count, block, side = len(matrices), _triton.tile(size), padded(size)
         backward_kernel[(count,)](
             matrices, *matrices.stride(), grads, *grads.stride(),
-            matrix.new_empty(count, 2 * MATRICES, size, size), grad_matrix, size, ITERATIONS=iterations, BLOCK=block,
+            matrix.new_empty(count, 2 * MATRICES, side, side), side, grad_matrix, size,
+            ITERATIONS=iterations, BLOCK=block,
             CHIP=block <= tuning.CHIP_MOST_BACKWARD[_triton.architecture(matrix)],
             **tuning.choose("backward", _triton.architecture(matrix), block), **_triton.FUSED,
         )  # fmt: skip

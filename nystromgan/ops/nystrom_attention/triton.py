@@ -17,32 +17,39 @@ from nystromgan.ops.nystrom_attention import triton_forward as forward
 from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan
 from nystromgan.ops.nystrom_attention.triton_cluster import cluster_landmarks
-from nystromgan.ops.nystrom_attention.triton_pool import (
-    access,
-    block_means,
-    index_means,
-)
+from nystromgan.ops.nystrom_attention.triton_index import Side, index_means
+from nystromgan.ops.nystrom_attention.triton_pool import access, block_means
 
 __all__ = ["cluster_landmarks", "nystrom_attention", "nystrom_attention_backward"]
 
 Outputs = tuple[Tensor, ...]
 
 
-def _means(query: Tensor, key: Tensor, plan: Plan, layout: Layout | None, num_landmarks: int) -> tuple[Tensor, Tensor]:
-    """The landmarks (B, H, M, D) float32: as given, or the means over the layout or the index."""
+def _means(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, layout: Layout | None, num_landmarks: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The landmarks (B, H, M, D) float32, as given or the means over the layout or the index; the means of the values
+    (B, H, M, E), in the exact rows only."""
     if layout is not None:
-        return block_means(query, key, layout, num_landmarks)
-    return (
-        _side_means(query, plan.query_landmarks, plan.query_index, num_landmarks),
-        _side_means(key, plan.key_landmarks, plan.key_index, num_landmarks),
+        return *block_means(query, key, layout, num_landmarks), None
+    sides = [
+        Side(tokens, index)
+        for tokens, given, index in (
+            (query, plan.query_landmarks, plan.query_index),
+            (key, plan.key_landmarks, plan.key_index),
+        )
+        if given is None and index is not None
+    ]
+    values = None
+    if plan.exact_rows is not None:
+        assert plan.key_index is not None
+        values = Side(value, plan.key_index)
+    pooled = iter(index_means(sides, num_landmarks, values, plan.exact_rows))
+    query_means, key_means = (
+        next(pooled) if given is None else given.float().contiguous()
+        for given in (plan.query_landmarks, plan.key_landmarks)
     )
-
-
-def _side_means(tokens: Tensor, given: Tensor | None, index: Tensor | None, num_landmarks: int) -> Tensor:
-    if given is not None:
-        return given.float().contiguous()
-    assert index is not None
-    return index_means(tokens, index, num_landmarks)
+    return query_means, key_means, next(pooled, None)
 
 
 def nystrom_attention(
@@ -77,11 +84,7 @@ def nystrom_attention(
     plan, layout = call.laid_out(call.both_masks(plan), Layout(query_grid, key_grid, landmark_grid), query.device)
     sizes = call.Sizes.of(query, value, num_landmarks)
     with _triton.launch_on(query):
-        query_means, key_means = _means(query, key, plan, layout, num_landmarks)
-        exact_mixed = None
-        if exact_rows is not None:
-            assert plan.key_index is not None
-            exact_mixed = index_means(value, plan.key_index, num_landmarks)
+        query_means, key_means, exact_mixed = _means(query, key, value, plan, layout, num_landmarks)
         context, mixed, logsumexp = _landmark_values(
             sizes, key, value, query_means, key_means, plan, exact_mixed, scale, pinv_iterations, global_init
         )
@@ -100,6 +103,8 @@ def nystrom_attention(
             RESIDUAL_ACCESS=None if residual is None else access(residual), HAS_RESIDUAL=residual is not None,
             HAS_GAMMA=gamma is not None, CONVOLVED=taps > 0, HAS_MASK=key_padding_mask is not None,
             TOKEN_MAJOR=token_major, STEPS=steps, MANY=num_landmarks > tiles["BLOCK_M"],
+            # of wide heads two blocks of landmarks at once are more shared memory than sm_86 has
+            LANDMARK_STAGES=1 if sizes.widest > 128 else tiles["num_stages"],
             BLOCK_K=tuning.CONVOLVED[sizes.dtype.itemsize], **tiles,
         )  # fmt: skip
     return output, query_means, key_means, context, mixed, logsumexp
@@ -122,12 +127,13 @@ def _core_options(sizes: call.Sizes, iterations: int, global_init: bool) -> tupl
 
 
 def _core(sizes: call.Sizes, query_means: Tensor, key_means: Tensor, plan: Plan, scale: float) -> Tensor:
-    """A (B, H, M, M) in a launch of its own."""
-    core = query_means.new_empty(sizes.batch, sizes.heads, sizes.landmarks, sizes.landmarks)
+    """A (B H, side, side) in a launch of its own, zero beyond M."""
+    side = pinv.padded(sizes.landmarks)
+    core = query_means.new_empty(sizes.rows, side, side)
     block = _triton.tile(sizes.landmarks)
     row_blocks = triton.cdiv(sizes.landmarks, 16)
     forward.core_kernel[(sizes.rows * row_blocks,)](
-        query_means, key_means, *call.landmark_masks(plan, core).values(), core, sizes.heads, sizes.landmarks,
+        query_means, key_means, *call.landmark_masks(plan, core).values(), core, side, sizes.heads, sizes.landmarks,
         sizes.head_dim, scale, row_blocks, HAS_ABSENT=plan.key_landmark_mask is not None, BLOCK_C=block,
         BLOCK_D=16, num_warps=8 if block > 128 else 4, num_stages=2, **_triton.FUSED,
     )  # fmt: skip
@@ -142,7 +148,8 @@ def _landmark_values(
     count, dim = sizes.landmarks, sizes.value_dim
     core_options, core_warps = _core_options(sizes, iterations, global_init)
     matrices = 1 if core_options["CHIP"] else pinv.MATRICES
-    work = query_means.new_empty(sizes.rows, matrices, count, count) if core_options["CORE"] else query_means
+    side = pinv.padded(count)
+    work = query_means.new_empty(sizes.rows, matrices, side, side) if core_options["CORE"] else query_means
     split = tuning.split_tokens(sizes.keys, sizes.architecture)
     splits = triton.cdiv(sizes.keys, split)
     sums = query_means.new_empty(sizes.rows, splits, count, dim)
@@ -154,8 +161,8 @@ def _landmark_values(
     tiles |= tuning.with_core(tiles["num_warps"], core_warps, block, sizes.keys, sizes.architecture)
     m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
     forward.landmark_kernel[(sizes.rows * (splits * m_blocks + int(core_options["CORE"])),)](  # type: ignore[call-overload]
-        key, *key.stride(), value, *value.stride(), call.as_bytes(mask, sums), *call.mask_strides(mask),
-        query_means, key_means, *masks.values(), work, sums, largest, totals,
+        key, *key.stride(), value, *value.stride(), _triton.as_bytes(mask, sums), *call.mask_strides(mask),
+        query_means, key_means, *masks.values(), work, side, sums, largest, totals,
         sizes.heads, sizes.keys, count, sizes.head_dim, dim, splits, m_blocks, scale,
         KEY_ACCESS=access(key), VALUE_ACCESS=access(value),
         HAS_MASK=mask is not None, HAS_ABSENT=plan.key_landmark_mask is not None, SPLIT=split, **core_options, **tiles,
@@ -164,15 +171,14 @@ def _landmark_values(
         inverse = work[:, 0 if core_options["CHIP"] else 1]
     else:
         inverse = pinv.iterative_pinv(_core(sizes, query_means, key_means, plan, scale), iterations, global_init)
-        inverse = inverse.view(sizes.rows, count, count)
     context, mixed = query_means.new_empty(2, sizes.batch, sizes.heads, count, dim)
     logsumexp = query_means.new_empty(sizes.batch, sizes.heads, count)
     rows, block_e = _triton.tile(count, 64), _triton.tile(dim, 16)
     row_blocks, e_blocks = triton.cdiv(count, rows), triton.cdiv(dim, block_e)
     forward.mix_kernel[(sizes.rows * row_blocks * e_blocks,)](
-        sums, largest, totals, inverse, inverse.stride(0), masks["p_query_absent"],
-        call.as_bytes(plan.exact_rows, sums), mixed if exact_mixed is None else exact_mixed, context, mixed, logsumexp,
-        sizes.heads, count, dim, splits, row_blocks, e_blocks,
+        sums, largest, totals, inverse, inverse.stride(0), side, masks["p_query_absent"],
+        _triton.as_bytes(plan.exact_rows, sums), mixed if exact_mixed is None else exact_mixed,
+        context, mixed, logsumexp, sizes.heads, count, dim, splits, row_blocks, e_blocks,
         HAS_ABSENT=plan.query_landmark_mask is not None, HAS_EXACT=exact_mixed is not None,
         ROWS=rows, BLOCK_M=rows, BLOCK_E=block_e, num_warps=4, num_stages=2, **_triton.FUSED,
     )  # fmt: skip
@@ -311,10 +317,11 @@ class Backward(NamedTuple):
         return row_scale, delta
 
     def query_sums(self, stats: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """F^T dO and d K~ through F as rows (B H, M (E + D)), and A (B H, M, M)."""
+        """F^T dO and d K~ through F as rows (B H, M (E + D)), and A (B H, side, side), zero beyond M."""
         sizes, count = self.sizes, self.sizes.landmarks
         core_blocks = triton.cdiv(count, 16) if count <= pinv.ON_CHIP else 0
-        core = self.query_means.new_empty(sizes.rows, count, count)
+        side = pinv.padded(count)
+        core = self.query_means.new_empty(sizes.rows, side, side)
         split = tuning.split_tokens(sizes.queries, sizes.architecture)
         splits = triton.cdiv(sizes.queries, split)
         width = count * (sizes.head_dim + sizes.value_dim)
@@ -325,13 +332,13 @@ class Backward(NamedTuple):
         backward.query_sums_kernel[(sizes.rows * (splits * m_blocks + core_blocks),)](
             self.query_, *self.query_.stride(), self.grad_output, *self.grad_output.stride(),
             self.query_means, self.key_means, self.mixed, *call.landmark_masks(self.plan, parts).values(),
-            self.factor, row_scale, delta, core, parts,
+            self.factor, row_scale, delta, core, side, parts,
             sizes.heads, sizes.queries, count, sizes.head_dim, sizes.value_dim, splits, m_blocks, self.scale,
             **self.query_access, **self.present, MANY=stats is not None, SPLIT=split,
             CORE=core_blocks, BLOCK_C=_triton.tile(count, pinv.ON_CHIP), CORE_D=min(sizes.block_d, 32), **tiles,
         )  # fmt: skip
         if not core_blocks:
-            core = _core(sizes, self.query_means, self.key_means, self.plan, self.scale).view(core.shape)
+            core = _core(sizes, self.query_means, self.key_means, self.plan, self.scale)
         return _reduced(parts), core
 
     def core(self, sums: Tensor, core: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -346,9 +353,9 @@ class Backward(NamedTuple):
         def launch(work: Tensor, inverse: Tensor, grad_core: Tensor, **parts: bool) -> None:
             block = _triton.tile(count)
             backward.core_backward_kernel[(sizes.rows,)](
-                sums, self.context, self.mixed, core, work, inverse, inverse.stride(0),
+                sums, self.context, self.mixed, core, work, inverse, inverse.stride(0), core.shape[1],
                 self.query_means, self.key_means,
-                call.landmark_masks(self.plan, sums)["p_query_absent"], call.as_bytes(self.plan.exact_rows, sums),
+                call.landmark_masks(self.plan, sums)["p_query_absent"], _triton.as_bytes(self.plan.exact_rows, sums),
                 self.factor, grad_context, delta, grad_core, grad_query_means, grad_gamma,
                 sizes.heads, count, sizes.head_dim, sizes.value_dim, self.scale,
                 **self.present, HAS_EXACT=self.plan.exact_rows is not None, **parts,
@@ -358,7 +365,7 @@ class Backward(NamedTuple):
             )  # fmt: skip
 
         if fused:
-            work = core.new_empty(sizes.rows, 2 * pinv.MATRICES, count, count)
+            work = core.new_empty(sizes.rows, 2 * pinv.MATRICES, *core.shape[1:])
             launch(work, work[:, 1], grad_core, FIRST=True, PINV=True, LAST=True)
         else:
             launch(core, core, grad_core, FIRST=True, PINV=False, LAST=False)
@@ -377,15 +384,17 @@ class Backward(NamedTuple):
         parts = grad_context.new_empty(sizes.rows, splits, count * sizes.head_dim)
         taps = call.taps(self.weight)
         tiles = sizes.tiles("keys", smaller=taps > 0 and sizes.dtype.itemsize == 4)  # else it spills on sm_80
+        if count > tiles["BLOCK_M"] and sizes.widest > 128:
+            tiles["BLOCK_M"] = 16  # of wide heads a loop over more spills on sm_90
         m_blocks = triton.cdiv(count, tiles["BLOCK_M"])
         lift = (sizes.keys.bit_length() - 1) // 2 if sizes.dtype == torch.float16 else 0
 
         def launch(blocks: int, **parts_of: bool) -> None:
             backward.keys_kernel[(sizes.rows * splits * blocks,)](
                 self.key, *self.key.stride(), self.value, *self.value.stride(),
-                call.as_bytes(mask, parts), *call.mask_strides(mask),
+                _triton.as_bytes(mask, parts), *call.mask_strides(mask),
                 self.query_means, grad_context, self.logsumexp, delta, sums, members.arguments,
-                call.as_bytes(self.plan.exact_rows, parts), self.factor, call.given(self.weight, parts),
+                _triton.as_bytes(self.plan.exact_rows, parts), self.factor, call.given(self.weight, parts),
                 call.convolved(self.grad_output, None, parts) if taps else (0,), grad_key, grad_value, parts,
                 taps, sizes.heads, sizes.keys, count, sizes.head_dim, sizes.value_dim, splits, blocks,
                 self.scale, float(lift),

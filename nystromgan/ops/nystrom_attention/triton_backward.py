@@ -13,7 +13,7 @@ A landmark's own gradient reaches the tokens it is the mean of in the last two.
 import triton
 import triton.language as tl
 
-from nystromgan._triton import dot
+from nystromgan._triton import dot, dot_rows
 from nystromgan.ops.iterative_pinv.triton import iterate_backward
 from nystromgan.ops.nystrom_attention.triton_epilogue import convolve, factor
 from nystromgan.ops.nystrom_attention.triton_forward import LOG2E, store_core_rows
@@ -24,14 +24,14 @@ from nystromgan.ops.nystrom_attention.triton_tokens import absent, head_of, load
 @triton.jit
 def factor_logits(b_query, b_key, missing, scale, PRECISION: tl.constexpr):
     """s Q K~^T to base 2, minus infinity where there is no landmark."""
-    logits = dot(b_query, tl.trans(b_key), tl.zeros((b_query.shape[0], b_key.shape[0]), tl.float32), PRECISION)
+    logits = dot_rows(b_query, b_key, PRECISION)
     return tl.where(missing[None, :], float("-inf"), logits * (scale * LOG2E))
 
 
 @triton.jit
 def factor_gradient(b_grad, b_mixed, PRECISION: tl.constexpr):
     """dF = dO W^T."""
-    return dot(b_grad, tl.trans(b_mixed), tl.zeros((b_grad.shape[0], b_mixed.shape[0]), tl.float32), PRECISION)
+    return dot_rows(b_grad, b_mixed, PRECISION)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def query_stats_kernel(
 @triton.jit
 def query_sums_kernel(
     p_query, s_qb, s_qh, s_qn, s_qd, p_grad, s_gb, s_gh, s_gn, s_gd, p_query_means, p_key_means, p_mixed,
-    p_query_absent, p_key_absent, p_gamma, p_row_scale, p_delta, p_core, p_sums,
+    p_query_absent, p_key_absent, p_gamma, p_row_scale, p_delta, p_core, side, p_sums,
     H, N, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
     QUERY_ACCESS: tl.constexpr, GRAD_ACCESS: tl.constexpr,
     HAS_ABSENT: tl.constexpr, HAS_GAMMA: tl.constexpr, CORE: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -104,8 +104,8 @@ def query_sums_kernel(
     i = tl.program_id(0) % per_head - CORE
     if i < 0:
         store_core_rows(
-            p_query_means, p_key_means, p_query_absent, p_key_absent, p_core + i_bh.to(tl.int64) * M * M,
-            (i + CORE) * 16, i_bh, H, M, D, scale, HAS_ABSENT, BLOCK_C, CORE_D,
+            p_query_means, p_key_means, p_query_absent, p_key_absent, p_core + i_bh.to(tl.int64) * side * side,
+            side, (i + CORE) * 16, i_bh, H, M, D, scale, HAS_ABSENT, BLOCK_C, CORE_D,
         )  # fmt: skip
     else:
         i_split = i // m_blocks
@@ -160,10 +160,13 @@ def reduce_kernel(p_parts, p_base, p_out, size, splits, blocks, HAS_BASE: tl.con
 
 @triton.jit
 def panel_product(
-    p_a, a_r, a_c, p_b, b_r, b_c, o_r, o_c, rows, columns, depth,
+    p_a, a_r, a_c, p_b, b_r, b_c, o_r, o_c, rows, columns, depth, b_depth,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The tile of A B at rows o_r and columns o_c, float32, where A is (rows, depth) and B (depth, columns)."""
+    """The tile of A B at rows o_r and columns o_c, float32, where A is (rows, depth) and B (b_depth, columns).
+
+    Of a padded A, depth is more than b_depth.
+    """
     acc = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for start in tl.range(0, depth, BLOCK_K, num_stages=1):
         k = start + tl.arange(0, BLOCK_K)
@@ -171,7 +174,9 @@ def panel_product(
             p_a + o_r[:, None] * a_r + k[None, :] * a_c, mask=(o_r[:, None] < rows) & (k[None, :] < depth), other=0.0
         )  # (BLOCK_R, BLOCK_K)
         b = tl.load(
-            p_b + k[:, None] * b_r + o_c[None, :] * b_c, mask=(k[:, None] < depth) & (o_c[None, :] < columns), other=0.0
+            p_b + k[:, None] * b_r + o_c[None, :] * b_c,
+            mask=(k[:, None] < b_depth) & (o_c[None, :] < columns),
+            other=0.0,
         )  # (BLOCK_K, BLOCK_C)
         acc = tl.dot(a, b, acc, input_precision="tf32x3")
     return acc
@@ -202,20 +207,20 @@ def _gamma_gradient(p_grad_mixed, p_mixed, p_grad_gamma, M, E, TILE: tl.constexp
 
 
 @triton.jit
-def _pinv_gradient(p_grad_mixed, p_context, p_grad_pinv, keep, M, E, TILE: tl.constexpr, TILE_K: tl.constexpr):
-    """dZ = dW (G V)^T."""
+def _pinv_gradient(p_grad_mixed, p_context, p_grad_pinv, side, keep, M, E, TILE: tl.constexpr, TILE_K: tl.constexpr):
+    """dZ = dW (G V)^T, zero beyond M."""
     for row in tl.range(0, M, TILE, num_stages=1):
         o_r = row + tl.arange(0, TILE)
         for column in tl.range(0, M, TILE, num_stages=1):
             o_c = column + tl.arange(0, TILE)
-            b_grad = panel_product(p_grad_mixed, E, 1, p_context, 1, E, o_r, o_c, M, M, E, TILE, TILE, TILE_K)
-            inside = (o_r[:, None] < M) & (o_c[None, :] < M)
-            tl.store(p_grad_pinv + o_r[:, None] * M + o_c[None, :], b_grad * keep, mask=inside)
+            b_grad = panel_product(p_grad_mixed, E, 1, p_context, 1, E, o_r, o_c, M, M, E, E, TILE, TILE, TILE_K)
+            inside = (o_r[:, None] < side) & (o_c[None, :] < side)
+            tl.store(p_grad_pinv + o_r[:, None] * side + o_c[None, :], b_grad * keep, mask=inside)
 
 
 @triton.jit
 def _context_gradient(
-    p_grad_mixed, p_context, p_pinv, p_query_absent, p_grad_context, p_delta, keep, i_b, M, E,
+    p_grad_mixed, p_context, p_pinv, side, p_query_absent, p_grad_context, p_delta, keep, i_b, M, E,
     HAS_ABSENT: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """d(G V) = Z^T dW and its row sums against G V."""
@@ -225,7 +230,9 @@ def _context_gradient(
         b_delta = tl.zeros((TILE,), tl.float32)
         for column in tl.range(0, E, TILE, num_stages=1):
             o_c = column + tl.arange(0, TILE)
-            b_grad = panel_product(p_pinv, 1, M, p_grad_mixed, E, 1, o_r, o_c, M, E, M, TILE, TILE, TILE_K)
+            b_grad = panel_product(
+                p_pinv, 1, side, p_grad_mixed, E, 1, o_r, o_c, side, E, side, M, TILE, TILE, TILE_K
+            )  # fmt: skip
             b_grad *= b_keep[:, None]
             inside = (o_r[:, None] < M) & (o_c[None, :] < E)
             offsets = o_r[:, None] * E + o_c[None, :]
@@ -236,15 +243,15 @@ def _context_gradient(
 
 @triton.jit
 def _landmark_gradients(
-    p_core, p_grad_core, p_query_means, p_key_means, p_grad_query_means, p_grad_key_means, M, D, scale,
+    p_core, p_grad_core, side, p_query_means, p_key_means, p_grad_query_means, p_grad_key_means, M, D, scale,
     BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
     """Through A's softmax: d Q~ of A alone, and d K~ added to what came through F. Overwrites dA."""
     o_c = tl.arange(0, BLOCK_C)
     for row in tl.range(0, M, 16, num_stages=1):
         o_r = row + tl.arange(0, 16)
-        inside = (o_r[:, None] < M) & (o_c[None, :] < M)
-        offsets = o_r[:, None] * M + o_c[None, :]
+        inside = (o_r[:, None] < side) & (o_c[None, :] < side)
+        offsets = o_r[:, None] * side + o_c[None, :]
         b_core = tl.load(p_core + offsets, mask=inside, other=0.0)  # (16, M)
         b_grad = tl.load(p_grad_core + offsets, mask=inside, other=0.0)
         b_grad = b_core * (b_grad - tl.sum(b_core * b_grad, 1)[:, None]) * scale
@@ -256,17 +263,21 @@ def _landmark_gradients(
             o_d = column + tl.arange(0, TILE)
             inside = (o_r[:, None] < M) & (o_d[None, :] < D)
             offsets = o_r[:, None] * D + o_d[None, :]
-            b_grad = panel_product(p_grad_core, M, 1, p_key_means, D, 1, o_r, o_d, M, D, M, TILE, TILE, TILE_K)
+            b_grad = panel_product(
+                p_grad_core, side, 1, p_key_means, D, 1, o_r, o_d, side, D, side, M, TILE, TILE, TILE_K
+            )  # fmt: skip
             tl.store(p_grad_query_means + offsets, b_grad, mask=inside)
-            b_grad = panel_product(p_grad_core, 1, M, p_query_means, D, 1, o_r, o_d, M, D, M, TILE, TILE, TILE_K)
+            b_grad = panel_product(
+                p_grad_core, 1, side, p_query_means, D, 1, o_r, o_d, side, D, side, M, TILE, TILE, TILE_K
+            )  # fmt: skip
             b_grad += tl.load(p_grad_key_means + offsets, mask=inside, other=0.0)
             tl.store(p_grad_key_means + offsets, b_grad, mask=inside)
 
 
 @triton.jit
 def core_backward_kernel(
-    p_sums, p_context, p_mixed, p_core, p_work, p_pinv, s_pinv, p_query_means, p_key_means, p_query_absent, p_exact,
-    p_gamma, p_grad_context, p_delta, p_grad_core, p_grad_query_means, p_grad_gamma, H, M, D, E, scale,
+    p_sums, p_context, p_mixed, p_core, p_work, p_pinv, s_pinv, side, p_query_means, p_key_means, p_query_absent,
+    p_exact, p_gamma, p_grad_context, p_delta, p_grad_core, p_grad_query_means, p_grad_gamma, H, M, D, E, scale,
     HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr, HAS_GAMMA: tl.constexpr,
     FIRST: tl.constexpr, PINV: tl.constexpr, LAST: tl.constexpr,
     ITERATIONS: tl.constexpr, CHIP: tl.constexpr, BLOCK_C: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
@@ -274,32 +285,33 @@ def core_backward_kernel(
     """From dW and G V to the landmarks, one program a head; FIRST, PINV and LAST are its three parts.
 
     p_sums holds dW without gamma and d K~, and gets d K~ complete; p_grad_core gets dZ and then dA. Z is read by LAST
-    from p_pinv. D and E are no constants here: a loop that is known to turn once is unrolled, and sm_100 spills.
+    from p_pinv. A, Z and their gradients are (side, side), zero beyond M. D and E are no constants here: a loop that is
+    known to turn once is unrolled, and sm_100 spills.
     """
     i_bh = tl.program_id(0).to(tl.int64)
     p_sums += i_bh * M * (D + E)
     p_context += i_bh * M * E
-    p_core += i_bh * M * M
-    p_grad_core += i_bh * M * M
+    p_core += i_bh * side * side
+    p_grad_core += i_bh * side * side
     keep = _kept(p_exact, i_bh // H, HAS_EXACT) * factor(p_gamma, HAS_GAMMA)
     if FIRST:
         if HAS_GAMMA:
             _gamma_gradient(p_sums, p_mixed + i_bh * M * E, p_grad_gamma + i_bh, M, E, TILE)
-        _pinv_gradient(p_sums, p_context, p_grad_core, keep, M, E, TILE, TILE_K)
+        _pinv_gradient(p_sums, p_context, p_grad_core, side, keep, M, E, TILE, TILE_K)
     if PINV:
         tl.debug_barrier()
         iterate_backward(
-            p_core, M, 1, p_grad_core, M, 1, p_work + i_bh * 10 * M * M, p_grad_core, M,
+            p_core, side, 1, p_grad_core, side, 1, p_grad_core, side, p_work + i_bh * 10 * side * side, side,
             ITERATIONS, CHIP, BLOCK_C, TILE, TILE_K,
         )  # fmt: skip
         tl.debug_barrier()
     if LAST:
         _context_gradient(
-            p_sums, p_context, p_pinv + i_bh * s_pinv, p_query_absent, p_grad_context + i_bh * M * E,
+            p_sums, p_context, p_pinv + i_bh * s_pinv, side, p_query_absent, p_grad_context + i_bh * M * E,
             p_delta + i_bh * M, keep, i_bh // H, M, E, HAS_ABSENT, TILE, TILE_K,
         )  # fmt: skip
         _landmark_gradients(
-            p_core, p_grad_core, p_query_means + i_bh * M * D, p_key_means + i_bh * M * D,
+            p_core, p_grad_core, side, p_query_means + i_bh * M * D, p_key_means + i_bh * M * D,
             p_grad_query_means + i_bh * M * D, p_sums + M * E, M, D, scale, BLOCK_C, TILE, TILE_K,
         )  # fmt: skip
 
@@ -320,23 +332,22 @@ def spread(p_grad_means, s_means, members, i_bh, H, o_n, valid, D: tl.constexpr,
 @triton.jit
 def load_rows_of_g(
     p_query_means, p_grad_context, p_lse, p_delta, i_bh, o_m, M, D: tl.constexpr, E: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Q~ (M, D), d(G V) (M, E), the logarithm of G's row sums to base 2, and delta, of landmarks o_m."""
+    """Q~ (M, D) and d(G V) (M, E) in dtype, the logarithm of G's row sums to base 2, and delta, of landmarks o_m."""
     row = i_bh.to(tl.int64) * M + o_m
     lse = tl.load(p_lse + row, mask=o_m < M, other=float("inf")) * LOG2E
     delta = tl.load(p_delta + row, mask=o_m < M, other=0.0)
-    b_query = load_landmarks(p_query_means, i_bh, o_m, M, D, BLOCK_D)
-    return b_query, load_landmarks(p_grad_context, i_bh, o_m, M, E, BLOCK_E), lse, delta
+    b_query = load_landmarks(p_query_means, i_bh, o_m, M, D, BLOCK_D).to(dtype)
+    return b_query, load_landmarks(p_grad_context, i_bh, o_m, M, E, BLOCK_E).to(dtype), lse, delta
 
 
 @triton.jit
 def key_gradients(b_query, b_context, lse, delta, b_key, b_value, valid, scale, PRECISION: tl.constexpr):
     """G and the gradient of its logits (M, BLOCK_N), in the tokens' dtype."""
-    zeros = tl.zeros((b_query.shape[0], b_key.shape[0]), tl.float32)
-    logits = dot(b_query, tl.trans(b_key), zeros, PRECISION)
+    logits = dot_rows(b_query, b_key, PRECISION)
     weights = tl.where(valid[None, :], tl.exp2(logits * (scale * LOG2E) - lse[:, None]), 0.0)
-    grad_g = dot(b_context, tl.trans(b_value), zeros, PRECISION)
+    grad_g = dot_rows(b_context, b_value, PRECISION)
     return weights.to(b_key.dtype), (weights * (grad_g - delta[:, None]) * scale).to(b_key.dtype)
 
 
@@ -371,9 +382,10 @@ def keys_kernel(
     b_grad_query = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if SUM:  # the program's own landmarks, at hand for every tile of keys
         b_own_query, b_own_context, own_lse, own_delta = load_rows_of_g(
-            p_query_means, p_grad_context, p_lse, p_delta, i_bh, i_m + tl.arange(0, BLOCK_M), M, D, E, BLOCK_D, BLOCK_E
-        )
-        b_own_query, b_own_context, own_lse = b_own_query.to(dtype), b_own_context.to(dtype), own_lse - lift
+            p_query_means, p_grad_context, p_lse, p_delta, i_bh, i_m + tl.arange(0, BLOCK_M), M, D, E,
+            BLOCK_D, BLOCK_E, dtype,
+        )  # fmt: skip
+        own_lse -= lift
     for start in tl.range(0, SPLIT, BLOCK_N):
         begin = i_split * SPLIT + start
         o_n = begin + tl.arange(0, BLOCK_N)
@@ -394,13 +406,13 @@ def keys_kernel(
             for other in tl.range(0, M, BLOCK_M, num_stages=1):
                 b_query, b_context, lse, delta = load_rows_of_g(
                     p_query_means, p_grad_context, p_lse, p_delta, i_bh, other + tl.arange(0, BLOCK_M), M, D, E,
-                    BLOCK_D, BLOCK_E,
+                    BLOCK_D, BLOCK_E, dtype,
                 )  # fmt: skip
                 weights, grad_logits = key_gradients(
-                    b_query.to(dtype), b_context.to(dtype), lse - lift, delta, b_key, b_value, valid, scale, PRECISION
+                    b_query, b_context, lse - lift, delta, b_key, b_value, valid, scale, PRECISION
                 )
-                b_grad_value = dot(tl.trans(weights), b_context.to(dtype), b_grad_value, PRECISION)
-                b_grad_key = dot(tl.trans(grad_logits), b_query.to(dtype), b_grad_key, PRECISION)
+                b_grad_value = dot(tl.trans(weights), b_context, b_grad_value, PRECISION)
+                b_grad_key = dot(tl.trans(grad_logits), b_query, b_grad_key, PRECISION)
         else:
             weights, grad_logits = key_gradients(
                 b_own_query, b_own_context, own_lse, own_delta, b_key, b_value, valid, scale, PRECISION

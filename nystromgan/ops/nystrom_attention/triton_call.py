@@ -9,7 +9,8 @@ from torch import Tensor
 from nystromgan import _triton
 from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan, indexed
-from nystromgan.ops.nystrom_attention.triton_pool import index_counts, index_strides, three_axes
+from nystromgan.ops.nystrom_attention.triton_index import index_counts, index_strides
+from nystromgan.ops.nystrom_attention.triton_pool import three_axes
 
 
 class Sizes(NamedTuple):
@@ -64,18 +65,13 @@ def given(tensor: Tensor | None, absent: Tensor) -> Tensor:
     return absent if tensor is None else tensor.contiguous()
 
 
-def as_bytes(mask: Tensor | None, absent: Tensor) -> Tensor:
-    """A boolean mask as bytes; `absent` in place of None, never read."""
-    return absent if mask is None else mask.contiguous().view(torch.uint8)
-
-
 def mask_strides(mask: Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else (mask.shape[1], 1)
 
 
 def convolved(tokens: Tensor, mask: Tensor | None, absent: Tensor) -> tuple[Any, ...]:
     """Tokens and their mask as `load_convolved` takes them."""
-    return tokens, *tokens.stride(), as_bytes(mask, absent), *mask_strides(mask)
+    return tokens, *tokens.stride(), _triton.as_bytes(mask, absent), *mask_strides(mask)
 
 
 def taps(conv_weight: Tensor | None) -> int:
@@ -96,8 +92,8 @@ def empty_like(tokens: Tensor, token_major: bool) -> Tensor:
 
 def landmark_masks(plan: Plan, absent: Tensor) -> dict[str, object]:
     return {
-        "p_query_absent": as_bytes(plan.query_landmark_mask, absent),
-        "p_key_absent": as_bytes(plan.key_landmark_mask, absent),
+        "p_query_absent": _triton.as_bytes(plan.query_landmark_mask, absent),
+        "p_key_absent": _triton.as_bytes(plan.key_landmark_mask, absent),
     }
 
 

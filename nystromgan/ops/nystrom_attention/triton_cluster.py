@@ -6,9 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nystromgan import _triton
-from nystromgan._triton import dot
+from nystromgan._triton import dot, dot_rows
 from nystromgan.ops.nystrom_attention import tuning
-from nystromgan.ops.nystrom_attention.triton_pool import access, index_means, index_strides, means_of_sums
+from nystromgan.ops.nystrom_attention.triton_index import Side, Sums, index_means, index_strides, means_of_sums
+from nystromgan.ops.nystrom_attention.triton_pool import access
 from nystromgan.ops.nystrom_attention.triton_tokens import absent, head_of, load_landmarks, load_tokens
 
 
@@ -16,10 +17,7 @@ from nystromgan.ops.nystrom_attention.triton_tokens import absent, head_of, load
 def _exact_products(b_token, b_landmark, PRECISION: tl.constexpr):
     """x . m to float32's digits: half precision tokens are exact as they are, and landmarks are sums of three such."""
     if b_token.dtype == tl.float32 or PRECISION == "interpreted":
-        return dot(
-            b_token.to(tl.float32), tl.trans(b_landmark),
-            tl.zeros((b_token.shape[0], b_landmark.shape[0]), tl.float32), PRECISION,
-        )  # fmt: skip
+        return dot_rows(b_token.to(tl.float32), b_landmark, PRECISION)
     high = b_landmark.to(b_token.dtype)
     rest = b_landmark - high.to(tl.float32)
     middle = rest.to(b_token.dtype)
@@ -118,8 +116,8 @@ def _lloyd_step(
         **_triton.FUSED,
     )  # fmt: skip
     if fused:
-        return means_of_sums(sums, totals, landmarks.shape, landmarks)
-    return index_means(tokens, index, num_landmarks, landmarks)
+        return means_of_sums([Sums(sums, totals)], 1, batch, fallback=landmarks)[0]
+    return index_means([Side(tokens, index)], num_landmarks, fallback=landmarks)[0]
 
 
 def cluster_landmarks(
@@ -133,7 +131,7 @@ def cluster_landmarks(
     """(landmarks (B, H, M, D) float32, index (B, H, N) int32) after Lloyd steps from the means over `index`."""
     shape = tokens.shape[:3]
     with _triton.launch_on(tokens):
-        landmarks = index_means(tokens, index, num_landmarks)
+        landmarks = index_means([Side(tokens, index)], num_landmarks)[0]
         if iterations == 0:
             return landmarks, index.expand(shape).contiguous()
         assigned = torch.empty(shape, dtype=torch.int32, device=tokens.device)

@@ -7,7 +7,7 @@ take one and a half tiles of values, where a load for every tap would take 33 fr
 import triton
 import triton.language as tl
 
-from nystromgan._triton import dot
+from nystromgan._triton import dot, dot_rows
 from nystromgan.ops.nystrom_attention.triton_tokens import head_of, load_tokens
 
 
@@ -77,7 +77,7 @@ def weight_gradient_kernel(
         b_grad = load_convolved(grad, i_b, i_h, first, N, E, GRAD_ACCESS, False, BLOCK_N, BLOCK_E)
         begin = first - taps // 2 + start
         b_value = load_convolved(value, i_b, i_h, begin, N, E, VALUE_ACCESS, HAS_MASK, BLOCK_K, BLOCK_E)
-        b_product = dot(b_grad, tl.trans(b_value), b_product, PRECISION)
+        b_product = dot_rows(b_grad, b_value, PRECISION, b_product)
     tap = start + tl.arange(0, BLOCK_K)[None, :] - tl.arange(0, BLOCK_N)[:, None]  # (BLOCK_N, BLOCK_K)
     p_parts += pid.to(tl.int64) * taps
     for i in tl.range(0, taps, num_stages=1):

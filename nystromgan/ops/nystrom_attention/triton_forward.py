@@ -7,7 +7,7 @@ Logits are taken to base 2, so that exp2 serves; what is stored (logsumexp) is n
 import triton
 import triton.language as tl
 
-from nystromgan._triton import dot
+from nystromgan._triton import dot, dot_rows
 from nystromgan.ops.iterative_pinv.triton import chip_steps, initial_scale, iterate, store_matrix
 from nystromgan.ops.nystrom_attention.triton_epilogue import convolve, factor
 from nystromgan.ops.nystrom_attention.triton_tokens import absent, head_of, load_landmarks, load_tokens, store_tokens
@@ -45,34 +45,35 @@ def core_rows(
 
 @triton.jit
 def store_core_rows(
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, start, i_bh, H, M, D: tl.constexpr, scale,
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, side, start, i_bh, H, M, D: tl.constexpr, scale,
     HAS_ABSENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows start to start + 16 of A to a head's (M, M) matrix."""
+    """Rows start to start + 16 of A to a head's (side, side) matrix, which is zero beyond M."""
     o_r, o_c = start + tl.arange(0, 16), tl.arange(0, BLOCK_C)
     b_core = core_rows(
         p_query_means, p_key_means, absent(p_query_absent, i_bh // H, o_r, M, HAS_ABSENT),
         absent(p_key_absent, i_bh // H, o_c, M, HAS_ABSENT), i_bh, o_r, o_c, M, D, scale, BLOCK_D,
     )  # fmt: skip
-    tl.store(p_core + o_r[:, None] * M + o_c[None, :], b_core, mask=(o_r[:, None] < M) & (o_c[None, :] < M))
+    inside = (o_r[:, None] < side) & (o_c[None, :] < side)
+    tl.store(p_core + o_r[:, None] * side + o_c[None, :], b_core, mask=inside)
 
 
 @triton.jit
 def core_kernel(
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, H, M, D: tl.constexpr, scale, row_blocks,
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_core, side, H, M, D: tl.constexpr, scale, row_blocks,
     HAS_ABSENT: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A alone, 16 rows a program: where its inverse takes launches of its own."""
     i_bh = tl.program_id(0) // row_blocks
     store_core_rows(
-        p_query_means, p_key_means, p_query_absent, p_key_absent, p_core + i_bh.to(tl.int64) * M * M,
-        (tl.program_id(0) % row_blocks) * 16, i_bh, H, M, D, scale, HAS_ABSENT, BLOCK_C, BLOCK_D,
+        p_query_means, p_key_means, p_query_absent, p_key_absent, p_core + i_bh.to(tl.int64) * side * side,
+        side, (tl.program_id(0) % row_blocks) * 16, i_bh, H, M, D, scale, HAS_ABSENT, BLOCK_C, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def core_inverse(
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, i_bh, H, M, D: tl.constexpr, scale,
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, side, i_bh, H, M, D: tl.constexpr, scale,
     HAS_ABSENT: tl.constexpr, ITERATIONS: tl.constexpr, CHIP: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, TILE: tl.constexpr, TILE_K: tl.constexpr,
 ):  # fmt: skip
@@ -84,21 +85,21 @@ def core_inverse(
             absent(p_key_absent, i_bh // H, o_c, M, HAS_ABSENT), i_bh, o_c, o_c, M, D, scale, BLOCK_D,
         )  # fmt: skip
         b_pinv = chip_steps(b_core, tl.trans(b_core) / initial_scale(b_core), ITERATIONS)
-        store_matrix(p_work + i_bh.to(tl.int64) * M * M, b_pinv, M, BLOCK_C)
+        store_matrix(p_work + i_bh.to(tl.int64) * side * side, b_pinv, side, BLOCK_C)
     else:
-        p_work += i_bh.to(tl.int64) * 5 * M * M
+        p_work += i_bh.to(tl.int64) * 5 * side * side
         for start in range(0, M, 16):
             store_core_rows(
-                p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, start, i_bh, H, M, D, scale,
+                p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, side, start, i_bh, H, M, D, scale,
                 HAS_ABSENT, BLOCK_C, BLOCK_D,
             )  # fmt: skip
-        iterate(p_work, M, ITERATIONS, False, False, BLOCK_C, TILE, TILE_K)
+        iterate(p_work, side, ITERATIONS, False, False, BLOCK_C, TILE, TILE_K)
 
 
 @triton.jit
 def landmark_kernel(
     p_key, s_kb, s_kh, s_kn, s_kd, p_value, s_vb, s_vh, s_vn, s_vd, p_mask, s_mb, s_mn,
-    p_query_means, p_key_means, p_query_absent, p_key_absent, p_work,
+    p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, side,
     p_sums, p_largest, p_totals, H, S, M, D: tl.constexpr, E: tl.constexpr, splits, m_blocks, scale,
     KEY_ACCESS: tl.constexpr, VALUE_ACCESS: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_ABSENT: tl.constexpr, CORE: tl.constexpr, ITERATIONS: tl.constexpr,
@@ -115,7 +116,7 @@ def landmark_kernel(
     i = tl.program_id(0) % per_head - CORE
     if i < 0:
         core_inverse(
-            p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, i_bh, H, M, D, scale,
+            p_query_means, p_key_means, p_query_absent, p_key_absent, p_work, side, i_bh, H, M, D, scale,
             HAS_ABSENT, ITERATIONS, CHIP, BLOCK_C, CORE_D, TILE, TILE_K,
         )  # fmt: skip
     else:
@@ -136,7 +137,7 @@ def landmark_kernel(
                 valid &= tl.load(p_mask + i_b * s_mb + o_n.to(tl.int64) * s_mn, mask=valid, other=1) == 0
             b_key = load_tokens(p_keys, s_keys, s_kd, first, valid, D, KEY_ACCESS, BLOCK_N, BLOCK_D)
             b_value = load_tokens(p_values, s_values, s_vd, first, valid, E, VALUE_ACCESS, BLOCK_N, BLOCK_E)
-            logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_M, BLOCK_N), tl.float32), PRECISION)
+            logits = dot_rows(b_query, b_key, PRECISION)
             logits = tl.where(valid[None, :], logits * (scale * LOG2E), float("-inf"))
             largest = tl.maximum(b_largest, tl.max(logits, 1))
             shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -154,7 +155,7 @@ def landmark_kernel(
 
 @triton.jit
 def mix_kernel(
-    p_sums, p_largest, p_totals, p_pinv, s_pinv, p_query_absent, p_exact, p_exact_mixed,
+    p_sums, p_largest, p_totals, p_pinv, s_pinv, side, p_query_absent, p_exact, p_exact_mixed,
     p_context, p_mixed, p_lse, H, M, E: tl.constexpr, splits, row_blocks, e_blocks,
     HAS_ABSENT: tl.constexpr, HAS_EXACT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -192,7 +193,7 @@ def mix_kernel(
                 lse = tl.where(empty, float("inf"), (b_largest + tl.log2(tl.where(empty, 1.0, b_total))) * LN2)
                 tl.store(p_lse + base + o_m, lse, mask=o_m < M)  # an empty row's weights are exp(-inf) later
         b_pinv = tl.load(
-            p_pinv + o_r[:, None] * M + o_m[None, :], mask=(o_r[:, None] < M) & (o_m[None, :] < M), other=0.0
+            p_pinv + o_r[:, None] * side + o_m[None, :], mask=(o_r[:, None] < side) & (o_m[None, :] < side), other=0.0
         )  # (ROWS, BLOCK_M)
         b_mixed = tl.dot(b_pinv, b_sum, b_mixed, input_precision="tf32x3")
     offsets = (base + o_r)[:, None] * E + o_e[None, :]
@@ -210,6 +211,7 @@ def output_kernel(
     QUERY_ACCESS: tl.constexpr, VALUE_ACCESS: tl.constexpr, RESIDUAL_ACCESS: tl.constexpr,
     HAS_ABSENT: tl.constexpr, HAS_GAMMA: tl.constexpr, CONVOLVED: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, TOKEN_MAJOR: tl.constexpr, STEPS: tl.constexpr, MANY: tl.constexpr,
+    LANDMARK_STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -232,7 +234,7 @@ def output_kernel(
         start_n = first + step * BLOCK_N
         valid = start_n + tl.arange(0, BLOCK_N) < N
         b_query = load_tokens(p_queries, s_queries, s_qd, start_n, valid, D, QUERY_ACCESS, BLOCK_N, BLOCK_D)
-        logits = dot(b_query, tl.trans(b_key), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+        logits = dot_rows(b_query, b_key, PRECISION)
         logits = tl.where(beyond[None, :], float("-inf"), logits * (scale * LOG2E))
         largest = tl.max(logits, 1)
         shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -240,10 +242,10 @@ def output_kernel(
         total = tl.sum(weights, 1)
         b_output = dot(weights.to(dtype), b_mixed, tl.zeros((BLOCK_N, BLOCK_E), tl.float32), PRECISION)
         if MANY:
-            for start in tl.range(BLOCK_M, M, BLOCK_M):
+            for start in tl.range(BLOCK_M, M, BLOCK_M, num_stages=LANDMARK_STAGES):
                 rest = start + o_m
                 b_more = load_landmarks(p_key_means, i_bh, rest, M, D, BLOCK_D).to(dtype)
-                logits = dot(b_query, tl.trans(b_more), tl.zeros((BLOCK_N, BLOCK_M), tl.float32), PRECISION)
+                logits = dot_rows(b_query, b_more, PRECISION)
                 missing = absent(p_key_absent, i_bh // H, rest, M, HAS_ABSENT)
                 logits = tl.where(missing[None, :], float("-inf"), logits * (scale * LOG2E))
                 larger = tl.maximum(largest, tl.max(logits, 1))
