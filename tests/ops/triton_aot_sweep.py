@@ -1,6 +1,6 @@
 """The Triton kernels of iterative_pinv and nystrom_attention compiled for GPUs that are not here, over many shapes.
 
-A quarter of an hour on a core, so apart from the tests: `make triton-check`.
+A quarter of an hour on two cores, so apart from the tests: `make triton-check`.
 """
 
 import itertools
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nystromgan.bench.triton_aot import compiled_for
-from nystromgan.bench.triton_aot_cases import Case, check, compile_case
+from nystromgan.bench.triton_aot_cases import Case, check, compile_all, compile_case
 from nystromgan.ops.iterative_pinv import triton as pinv
 
 ARCHITECTURES = (80, 90, 100)
@@ -23,6 +23,11 @@ CASES = [
     *(Case(dtype, 63, dim, dim, 1025, masked=True) for dtype in (HALF, SINGLE) for dim in (8, 64, 256)),
     *(Case(dtype, 64, dim, dim, 4096, taps=33) for dtype in (HALF, SINGLE) for dim in (8, 64, 256)),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    compile_all(list(itertools.product(ARCHITECTURES, CASES)))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
