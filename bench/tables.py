@@ -35,10 +35,13 @@ class Result(NamedTuple):
 def is_noisy(row: Row) -> bool:
     """Whether the rounds of a ratio, its visits, or this run and the one before at the same commit, disagree."""
     ratio, visits = row["ratio"], row.get("ratio_visits", [row["ratio"]])
-    spreads = (
-        row["ratio_high"] - row["ratio_low"], max(visits) - min(visits), abs(ratio - row.get("ratio_before", ratio)),
-    )  # fmt: skip
-    return max(spreads) > NOISY * ratio
+    spread = max(row["ratio_high"] - row["ratio_low"], max(visits) - min(visits))
+    return spread > NOISY * ratio or _apart(ratio, row.get("ratio_before", ratio))
+
+
+def _apart(ratio: float, other: float) -> bool:
+    """Whether the ratios of two runs disagree, whichever of them came first."""
+    return abs(ratio - other) > NOISY * min(ratio, other)
 
 
 def disagreements(rows: Sequence[Row], again: Sequence[Row]) -> tuple[int, list[Row]]:
@@ -50,9 +53,7 @@ def disagreements(rows: Sequence[Row], again: Sequence[Row]) -> tuple[int, list[
         if "ratio" in row and (place := (row["case"], row["mode"], row["form"])) in before and row["form"] != OURS
     ]
     apart = [
-        row
-        for old, row in pairs
-        if abs(row["ratio"] - old["ratio"]) > NOISY * row["ratio"] and not is_noisy(old) and not is_noisy(row)
+        row for old, row in pairs if _apart(row["ratio"], old["ratio"]) and not is_noisy(old) and not is_noisy(row)
     ]
     return len(pairs), apart
 

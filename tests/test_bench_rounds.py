@@ -192,6 +192,17 @@ def test_what_two_runs_disagree_on_is_named() -> None:
     assert tables.disagreements([same], [apart | {"ratio_high": 3.0}]) == (1, [])
 
 
+@pytest.mark.parametrize("other", [1.7, 1.81, 1.83, 2.19, 2.21, 2.5])
+def test_a_second_run_marks_all_that_it_disagrees_on_with_the_first(other: float) -> None:
+    """Which of the two is the larger ratio does not matter, nor which is compared with which."""
+    place = {"case": "c", "mode": "forward", "form": "eager"}
+    first = {"ratio": other, "ratio_low": other, "ratio_high": other} | place
+    second = noisy_row(ratio_before=other) | place
+    unmarked = noisy_row() | place
+    assert tables.is_noisy(second) == bool(tables.disagreements([unmarked], [first])[1])
+    assert tables.disagreements([second], [first]) == tables.disagreements([first], [second]) == (1, [])
+
+
 def test_a_second_run_of_a_commit_knows_the_first(ticks: Ticks) -> None:
     """Two runs agree within 10%, or the report marks the ratio."""
     seconds, rows = [2.0], []
