@@ -1,4 +1,4 @@
-"""What is compiled of `nystrom_attention` for GPUs that are not here."""
+"""What is compiled of `nystrom_attention` and `iterative_pinv` for GPUs that are not here."""
 
 import contextlib
 import multiprocessing
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nystromgan.bench.triton_aot import SHARED_LIMIT, compiled_for, resources
+from nystromgan.ops.iterative_pinv import triton as pinv
 from nystromgan.ops.nystrom_attention import triton as kernels
 from nystromgan.ops.nystrom_attention.landmarks import grid_index, masked_landmarks
 
@@ -54,6 +55,15 @@ def compile_case(architecture: int, case: Case) -> list[Any]:
         output, *saved = kernels.nystrom_attention(query, key, value, *plan, *epilogue, *options)
         kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *epilogue[:2], *options)
         kernels.cluster_landmarks(key, index, None, None, landmarks, 1)
+    return compiled
+
+
+def compile_pinv(architecture: int, size: int) -> list[Any]:
+    """Every kernel that a training step of iterative_pinv launches for matrices of `size` rows."""
+    matrix = torch.empty(2, size, size, device="meta")
+    with compiled_for(architecture) as compiled:
+        pinv.iterative_pinv(matrix, 6, False)
+        pinv.iterative_pinv_backward(matrix, matrix, 6, False)
     return compiled
 
 
