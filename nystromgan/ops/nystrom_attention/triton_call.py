@@ -33,8 +33,11 @@ class Sizes(NamedTuple):
     def of(cls, query: Tensor, value: Tensor, landmarks: int) -> "Sizes":
         batch, heads, queries, head_dim = query.shape
         keys, value_dim = value.shape[2:]
-        block_d, block_e = _triton.tile(head_dim), _triton.tile(value_dim)
-        widest = max(block_d, block_e)
+        widest = max(_triton.tile(head_dim), _triton.tile(value_dim))
+        # Where a product has no more columns than rows, every warp takes all columns, and of the next one too, whose
+        # columns are the other head dim's: with heads of 16 and 256 that spilled 5 KB in float32 and 304 bytes in half.
+        least = 64 if widest > 64 else _triton.TILE_MIN
+        block_d, block_e = (max(_triton.tile(dim), least) for dim in (head_dim, value_dim))
         return cls(
             batch, heads, queries, keys, landmarks, head_dim, value_dim, block_d, block_e, widest, query.dtype,
             _triton.architecture(query),
