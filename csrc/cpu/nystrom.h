@@ -27,6 +27,35 @@ inline void for_each_chunk(ParallelRun run, int64_t count, int64_t chunks, Body 
 
 inline int64_t chunks_of(int64_t tokens) { return (tokens + chunk_tokens(tokens) - 1) / chunk_tokens(tokens); }
 
+// Runs body(i, s, partial, workspace) for every chunk, of which `partial` holds `size` floats, and add(i, s, partial) for the
+// chunks of each (b, h) in their order. Where one thread has all of them, it adds each at once; the others' wait in memory
+// until all are there. So no sum depends on the number of threads, and few partial sums are in memory, where all of them
+// took a tenth of what a training step in bfloat16 does.
+template <class Body, class Add>
+inline void sum_over_chunks(ParallelRun run, int64_t count, int64_t chunks, int64_t size, Body body, Add add) {
+  Scratch waiting(count * chunks * size);  // memory that is not touched is none
+  Scratch added(count);  // whether all of its chunks were added at once
+  memset(added, 0, count * sizeof(float));
+  parallel(run, count * chunks, [&](int64_t begin, int64_t end) {
+    Workspace workspace;
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t i = t / chunks, s = t % chunks;
+      const bool whole = begin <= i * chunks && (i + 1) * chunks <= end;
+      workspace.reset();
+      float* own = workspace.take(size);
+      float* partial = whole ? own : waiting + t * size;
+      body(i, s, partial, workspace);
+      if (!whole) continue;
+      add(i, s, partial);
+      added[i] = 1.0f;
+    }
+  });
+  parallel(run, count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t s = 0; added[i] == 0.0f && s < chunks; ++s) add(i, s, waiting + (i * chunks + s) * size);
+  });
+}
+
 // Whether a tensor of so many rows is written past the cache; from here on its next reader finds little of it there.
 template <class T>
 inline bool exceeds_cache(int64_t rows, int64_t dim) { return rows * dim * int64_t{sizeof(T)} >= int64_t{1} << 24; }
@@ -42,12 +71,12 @@ inline const int32_t* row(const LandmarkIndex& index, int64_t b, int64_t h) {
   return index.data + b * index.batch + h * index.head;
 }
 
-// Tokens in a block, whose [tokens, M] floats stay within 64 KiB. Of fp32, 48 rows of 64 leave room in L1 for what is
-// asked for ahead: 96 made the product with the values a fifth slower. AMX tiles want multiples of 32.
+// Tokens in a block, whose [tokens, M] floats stay within 64 KiB. Of fp32, 60 rows of 64 leave room in L1 for what is
+// asked for ahead: 48 and 96 take 1.01 times as long on Zen 3. AMX tiles want multiples of 32.
 template <class E>
 inline int64_t block_tokens(int64_t landmarks) {
   constexpr bool kTiles = E::kRowPad > 1;
-  constexpr int64_t kMost = kTiles ? 96 : 48, kLeast = kTiles ? 32 : 12;
+  constexpr int64_t kMost = kTiles ? 96 : 60, kLeast = kTiles ? 32 : 12;
   return max(kLeast, min(16384 / round_up(landmarks, kLanes) / kLeast * kLeast, kMost));
 }
 
@@ -132,6 +161,7 @@ template <class T>
 inline void add_rows(const T* x, int64_t token, int64_t channel, int64_t rows, int64_t dim, float* to) {
   int64_t d = 0;
   if (channel == 1) {
+    for (; d + 8 * kLanes <= dim; d += 8 * kLanes) add_rows<8>(x + d, token, rows, to + d);
     for (; d + 4 * kLanes <= dim; d += 4 * kLanes) add_rows<4>(x + d, token, rows, to + d);
     for (; d + kLanes <= dim; d += kLanes) add_rows<1>(x + d, token, rows, to + d);
     for (int64_t n = 0; d < dim && n < rows; ++n)
@@ -233,10 +263,10 @@ NYSTROMGAN_INLINE Vec reduce_rows(int64_t rows, float absent, OfRow of_row, Comb
 
 NYSTROMGAN_INLINE Vec add(Vec x, Vec y) { return x + y; }
 
-// Turns rows of base-2 logits [rows, ld] into 2^(x - max), times 1 / sum with normalise, else leaving that factor in
-// inverse_sum. The first m columns count, less those masked; the others become zero, as does a row with none that counts.
-// each_row() is called before each row.
-template <bool normalise, class EachRow>
+// Turns rows of base-2 logits [rows, ld] into 2^(x - max) as exact as T is, times 1 / sum with normalise, else leaving that
+// factor in inverse_sum. The first m columns count, less those masked; the others become zero, as does a row with none that
+// counts. each_row() is called before each row.
+template <class T, bool normalise, class EachRow>
 inline void softmax_rows(
     float* logits, int64_t rows, int64_t m, int64_t ld, const bool* mask, float* inverse_sum, EachRow each_row) {
   const int64_t padded = round_up(m, kLanes);
@@ -255,7 +285,7 @@ inline void softmax_rows(
       const Vec offset = splat(shift[r]);
       Vec sum{};
       for (int64_t i = 0; i < padded; i += kLanes) {
-        const Vec y = exp2(load(x + r * ld + i) - offset);
+        const Vec y = exp2<T>(load(x + r * ld + i) - offset);
         store(x + r * ld + i, y);
         sum += y;
       }
@@ -270,11 +300,6 @@ inline void softmax_rows(
   }
 }
 
-template <bool normalise>
-inline void softmax_rows(float* logits, int64_t rows, int64_t m, int64_t ld, const bool* mask, float* inverse_sum) {
-  softmax_rows<normalise>(logits, rows, m, ld, mask, inverse_sum, [] {});
-}
-
 // The core A = softmax(s Q~ K~^T) as a square; rows of absent query landmarks are zero.
 inline void make_core(const NystromProblem& p, int64_t i, float* core) {
   const int64_t m = p.landmarks, d = p.head_dim, ld = square_ld(m), b = i / p.heads;
@@ -282,7 +307,8 @@ inline void make_core(const NystromProblem& p, int64_t i, float* core) {
   scale_to_base_2(p.key_means + i * m * d, m * d, p.scale, keys);
   scaled_transpose(m, d, 1.0f, keys, d, packed, ld);  // [D, M]
   multiply_float<false>(m, ld, d, {p.query_means + i * m * d, d, 1}, packed, ld, core, ld);
-  softmax_rows<true>(core, m, m, ld, p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr, nullptr);
+  const bool* absent = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
+  softmax_rows<float, true>(core, m, m, ld, absent, nullptr, [] {});
   for (int64_t r = 0; r < m; ++r)
     if (p.query_landmark_mask != nullptr && p.query_landmark_mask[b * m + r]) memset(core + r * ld, 0, ld * 4);
   for (int64_t r = 0; r < m; ++r)

@@ -20,18 +20,17 @@ struct Backward {
   int64_t query_chunks = chunks_of(p.queries), key_chunks = chunks_of(p.keys);
   // Per chunk of queries dW [M, lde] and dK~ [M, ldd], per chunk of keys dQ~ [M, ldd].
   int64_t query_size = padded_m * (lde + ldd), key_size = padded_m * ldd;
-  Scratch query_partial{count * query_chunks * query_size}, key_partial{count * key_chunks * key_size};
   Scratch grad_context{count * m * e}, grad_mixed{count * m * e};  // d(G V) and dW [M, E]
   // Without gamma: what each (b, h) gives of its gradient, and each chunk of keys of the convolution's weight.
   Scratch grad_gamma{count}, grad_weight{count * key_chunks * p.taps};
 
   const bool* key_mask(int64_t i) const { return p.key_padding_mask ? p.key_padding_mask + i / p.heads * p.keys : nullptr; }
 
-  void query_chunk(int64_t i, int64_t s, Workspace& w) const {
+  void query_chunk(int64_t i, int64_t s, float* grad_w, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.queries);
     const int64_t first = s * chunk, last = min(first + chunk, p.queries);
     const bool* absent = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
-    float *grad_w = query_partial + (i * query_chunks + s) * query_size, *grad_landmarks = grad_w + padded_m * lde;
+    float* grad_landmarks = grad_w + padded_m * lde;
     memset(grad_w, 0, query_size * sizeof(float));
 
     typename E::Session session;
@@ -55,7 +54,7 @@ struct Backward {
       const int64_t next = min(block, last - n - rows);
       PrefetchLines<T> next_query{{query + block * q.token, q.token, next, d}, rows};
       PrefetchLines<T> next_grad{{grad_output + block * g.token, g.token, next, e}, rows};
-      softmax_rows<true>(factor, rows, m, ldm, absent, nullptr, [&] { next_query.step(); });
+      softmax_rows<T, true>(factor, rows, m, ldm, absent, nullptr, [&] { next_query.step(); });
       E::template multiply<false>(
           rows, m, e, E::left(grad_output, rows, e, g.token, g.channel, left), transposed_w, grad, ldm);
       softmax_rows_backward(factor, grad, rows, next_grad);
@@ -96,19 +95,23 @@ struct Backward {
     }
   }
 
-  // dW and dK~ of all chunks, in their order, and d gamma.
-  void combine_queries(int64_t i) const {
+  // dW and dK~ of all chunks up to s.
+  void add_queries(int64_t i, int64_t s, const float* partial) const {
     float *grad_w = grad_mixed + i * m * e, *grad_landmarks = f.grad_key_means + i * m * d;
-    memset(grad_w, 0, m * e * sizeof(float));
-    memset(grad_landmarks, 0, m * d * sizeof(float));
-    for (int64_t s = 0; s < query_chunks; ++s) {
-      const float* from = query_partial + (i * query_chunks + s) * query_size;
-      for (int64_t r = 0; r < m; ++r) {
-        add_scaled(grad_w + r * e, from + r * lde, 1.0f, e);
-        add_scaled(grad_landmarks + r * d, from + padded_m * lde + r * ldd, 1.0f, d);
-      }
+    if (s == 0) {
+      memset(grad_w, 0, m * e * sizeof(float));
+      memset(grad_landmarks, 0, m * d * sizeof(float));
     }
+    for (int64_t r = 0; r < m; ++r) {
+      add_scaled(grad_w + r * e, partial + r * lde, 1.0f, e);
+      add_scaled(grad_landmarks + r * d, partial + padded_m * lde + r * ldd, 1.0f, d);
+    }
+  }
+
+  // d gamma, and dW without gamma becomes dW.
+  void apply_gamma(int64_t i) const {
     if (f.grad_gamma == nullptr) return;
+    float* grad_w = grad_mixed + i * m * e;
     float sum = 0.0f;
     for (int64_t c = 0; c < m * e; ++c) {
       sum += grad_w[c] * p.mixed[i * m * e + c];
@@ -169,7 +172,7 @@ struct Backward {
     const int64_t size = square_size(m);
     Scratch grad_cores(count * size), grad_scale(count);
     for_each_matrix(p.run, count, m, [&](int64_t i, ParallelRun team) {
-      combine_queries(i);
+      apply_gamma(i);
       grad_scale[i] = 0.0f;
       if (is_exact(p, i)) {
         memset(grad_context + i * m * e, 0, m * e * sizeof(float));
@@ -189,11 +192,10 @@ struct Backward {
     });
   }
 
-  void key_chunk(int64_t i, int64_t s, const InverseCounts* inverse, Workspace& w) const {
+  void key_chunk(int64_t i, int64_t s, const InverseCounts* inverse, float* grad_landmarks, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.keys);
     const int64_t first = s * chunk, last = min(first + chunk, p.keys);
     const bool* mask = key_mask(i);
-    float* grad_landmarks = key_partial + (i * key_chunks + s) * key_size;
     memset(grad_landmarks, 0, key_size * sizeof(float));
 
     typename E::Session session;
@@ -289,7 +291,7 @@ struct Backward {
       next_value.step();
       for (int64_t c = 0; c < ldm; c += kLanes) {
         const int64_t at = n * ldm + c;
-        const Vec weight = exp2(load(factor + at) - load(lse + c));
+        const Vec weight = exp2<T>(load(factor + at) - load(lse + c));
         store(factor + at, weight);
         store(grad + at, p.scale * weight * (load(grad + at) - load(delta + c)));
       }
@@ -305,11 +307,9 @@ struct Backward {
       if (index[r] >= 0) add_scaled(grad + r * ld, grad_means + index[r] * dim, inverse[index[r]], dim);
   }
 
-  void combine_keys(int64_t i) const {
-    for (int64_t s = 0; s < key_chunks; ++s)
-      for (int64_t r = 0; r < m; ++r)
-        add_scaled(
-            f.grad_query_means + (i * m + r) * d, key_partial + (i * key_chunks + s) * key_size + r * ldd, 1.0f, d);
+  // dQ~ through A, and of all chunks up to s through G.
+  void add_keys(int64_t i, const float* partial) const {
+    for (int64_t r = 0; r < m; ++r) add_scaled(f.grad_query_means + (i * m + r) * d, partial + r * ldd, 1.0f, d);
   }
 
   // dQ += dQ~ / tokens of each landmark.
@@ -344,25 +344,29 @@ struct Backward {
     if (f.grad_gamma != nullptr) *f.grad_gamma = gamma;
   }
 
-  template <class Body>
-  void each(int64_t chunks, Body body) const {
-    for_each_chunk(p.run, count, chunks, body);
+  void keys(const InverseCounts* inverse) const {
+    sum_over_chunks(
+        p.run, count, key_chunks, key_size,
+        [&](int64_t i, int64_t s, float* partial, Workspace& w) { key_chunk(i, s, inverse, partial, w); },
+        [&](int64_t i, int64_t, const float* partial) { add_keys(i, partial); });
   }
 
   void run() const {
-    each(query_chunks, [&](int64_t i, int64_t s, Workspace& w) { query_chunk(i, s, w); });
+    sum_over_chunks(
+        p.run, count, query_chunks, query_size,
+        [&](int64_t i, int64_t s, float* partial, Workspace& w) { query_chunk(i, s, partial, w); },
+        [&](int64_t i, int64_t s, const float* partial) { add_queries(i, s, partial); });
     core();
     if (p.key_index.data != nullptr) {
       const InverseCounts inverse(p.run, p.batch, p.heads, p.keys, m, p.key_index);
-      each(key_chunks, [&](int64_t i, int64_t s, Workspace& w) { key_chunk(i, s, &inverse, w); });
+      keys(&inverse);
     } else {
-      each(key_chunks, [&](int64_t i, int64_t s, Workspace& w) { key_chunk(i, s, nullptr, w); });
+      keys(nullptr);
     }
     combine_epilogue();
-    each(1, [&](int64_t i, int64_t, Workspace&) { combine_keys(i); });
     if (p.query_index.data == nullptr) return;
     const InverseCounts inverse(p.run, p.batch, p.heads, p.queries, m, p.query_index);
-    each(query_chunks, [&](int64_t i, int64_t s, Workspace&) { spread_queries(i, s, inverse); });
+    for_each_chunk(p.run, count, query_chunks, [&](int64_t i, int64_t s, Workspace&) { spread_queries(i, s, inverse); });
   }
 };
 
