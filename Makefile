@@ -6,6 +6,9 @@ CXX ?= g++
 PIP_FLAGS ?=
 PY := $(VENV)/bin/python
 LINKED := build/linked
+# The tests, a process for each core. Threads that wait sleep: those that spin take the other process's core, and the op
+# tests took three times as long.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 READY := $(VENV)/ready
 
@@ -15,7 +18,8 @@ demo: native
 	$(PY) -m nystromgan.zoo.demo
 
 test: lint native
-	$(PY) -m pytest -q
+	$(PYTEST) -m "not alone"
+	$(PY) -m pytest -q -m alone
 
 lint: $(READY) linked
 	$(PY) -m ruff check .
@@ -43,7 +47,7 @@ cuda-check: $(READY)
 
 # Registers, spills and shared memory of the Triton kernels for sm_80, sm_90 and sm_100, over many shapes.
 triton-check: $(READY)
-	$(PY) -m pytest -q tests/ops/triton_aot_sweep.py
+	$(PYTEST) tests/ops/triton_aot_sweep.py
 
 wheel: $(READY)
 	rm -rf build/lib* build/bdist*
@@ -56,7 +60,7 @@ sanitize: $(READY)
 	CXX=$(CXX) NYSTROMGAN_BUILD=cpu NYSTROMGAN_SANITIZE=1 $(PY) setup.py -q build_native
 	NYSTROMGAN_LIBRARY_DIR=$(CURDIR)/build/sanitize ASAN_OPTIONS=$(ASAN) UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(name).so))" \
-	$(PY) -m pytest -q tests/ops
+	$(PYTEST) tests/ops
 
 bench: native
 	$(PY) -m nystromgan bench --quick

@@ -1,9 +1,5 @@
 """What is compiled of `nystrom_attention` and `iterative_pinv` for GPUs that are not here."""
 
-import contextlib
-import multiprocessing
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -72,17 +68,3 @@ def check(architecture: int, compiled: list[Any]) -> None:
     for need in map(resources, compiled):
         assert need.spilled_bytes == 0, need
         assert need.shared_bytes <= LIMIT[architecture], need
-
-
-def compile_all(jobs: Sequence[tuple[int, Case]]) -> None:
-    """Compiles cases for their architectures by as many processes as there are cores, into Triton's cache.
-
-    `compile_case` finds them there, and raises for one that does not compile.
-    """
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_into_cache, jobs))
-
-
-def _into_cache(job: tuple[int, Case]) -> None:
-    with contextlib.suppress(Exception):
-        compile_case(*job)

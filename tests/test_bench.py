@@ -281,6 +281,7 @@ def test_compare_measures_two_trees(capfd: pytest.CaptureFixture, monkeypatch: p
     )
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
 @pytest.mark.parametrize("slow", ["this", "other"])
 def test_compare_flags_a_slowed_op(

@@ -42,7 +42,6 @@ BACKEND = "cpu"
 if _env.native_library_dir() != str(FOLDER):
 
     @pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 alone")
-    @pytest.mark.usefixtures("interpreted")  # beside it
     def test_emulated() -> None:
         # Without a sanitizer's runtime, which takes the fibres' stacks for faults.
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}

@@ -15,7 +15,7 @@ from nystromgan.bench.triton_aot import SHARED_LIMIT, resources
 if _env.triton_interpret():
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 
-from nystromgan.bench.triton_aot_cases import Case, check, compile_all, compile_case, compile_pinv
+from nystromgan.bench.triton_aot_cases import Case, check, compile_case, compile_pinv
 
 ARCHITECTURES = [80, 90, 100]
 LONG = Case(torch.bfloat16, 64, 64, 64, 65536)  # programs that work through several tiles of tokens
@@ -36,13 +36,6 @@ CASES = [
     (90, Case(torch.float32, 2, 1, 1, 1025, masked=True)),
     (100, Case(torch.float16, 64, 128, 128, 4097, masked=True)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(request: pytest.FixtureRequest) -> None:
-    """Compiles the cases that are asked for, on all cores: one after another they take a quarter of `make test`."""
-    asked = {item.name for item in request.session.items}
-    compile_all([job for job in CASES if f"test_nothing_spills[{job[0]}-{job[1]}]" in asked])
 
 
 @pytest.mark.parametrize(("architecture", "case"), CASES, ids=str)

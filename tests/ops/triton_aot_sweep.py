@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from nystromgan.bench.triton_aot_cases import Case, check, compile_all, compile_case, compile_pinv
+from nystromgan.bench.triton_aot_cases import Case, check, compile_case, compile_pinv
 
 ARCHITECTURES = (80, 90, 100)
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -21,11 +21,6 @@ CASES = [
     *(Case(dtype, 63, dim, dim, 1025, masked=True) for dtype in (HALF, SINGLE) for dim in (8, 64, 256)),
     *(Case(dtype, 64, dim, dim, 4096, taps=33) for dtype in (HALF, SINGLE) for dim in (8, 64, 256)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled() -> None:
-    compile_all(list(itertools.product(ARCHITECTURES, CASES)))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
