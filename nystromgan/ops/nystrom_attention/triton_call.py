@@ -34,8 +34,9 @@ class Sizes(NamedTuple):
         batch, heads, queries, head_dim = query.shape
         keys, value_dim = value.shape[2:]
         widest = max(_triton.tile(head_dim), _triton.tile(value_dim))
-        # Where a product has no more columns than rows, every warp takes all columns, and of the next one too, whose
-        # columns are the other head dim's: with heads of 16 and 256 that spilled 5 KB in float32 and 304 bytes in half.
+        # With one head dim's tile over 64, the other's is at least 64. Every warp takes all columns of a product that
+        # has fewer of them than rows, and then of the next product, too, whose columns are the other head dim's: heads
+        # of 16 and 256 so spilled 5 KB in float32 and 304 bytes in bfloat16.
         least = 64 if widest > 64 else _triton.TILE_MIN
         block_d, block_e = (max(_triton.tile(dim), least) for dim in (head_dim, value_dim))
         return cls(
