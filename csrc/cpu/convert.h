@@ -32,9 +32,8 @@ NYSTROMGAN_INLINE Vec widen(Half, HalfBitsVec bits) {
 
 // bfloat16 in the low half of every lane, rounded to the nearest even; a NaN stays one, quiet.
 NYSTROMGAN_INLINE BitsVec round_to_bfloat16(Vec x) {
-  const BitsVec bits = (BitsVec)x;
-  const BitsVec rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  return (x != x ? bits | 0x400000 : rounded) >> 16;
+  const BitsVec bits = (BitsVec)x, quiet = (BitsVec)(x != x) & 0x7fc00000;
+  return ((bits + 0x7fff + ((bits >> 16) & 1)) | quiet) >> 16;
 }
 
 NYSTROMGAN_INLINE HalfBitsVec narrow(BFloat16, Vec x) {

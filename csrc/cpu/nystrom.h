@@ -157,6 +157,28 @@ NYSTROMGAN_INLINE void add_rows(const T* x, int64_t token, int64_t rows, float* 
   for (int v = 0; v < vectors; ++v) store(to + v * kLanes, sum[v]);
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The same of bfloat16, whose even and odd columns one step each widens: a forward takes 0.99 of the time.
+template <int vectors>
+  requires(vectors % 2 == 0)
+NYSTROMGAN_INLINE void add_rows(const BFloat16* x, int64_t token, int64_t rows, float* to) {
+  constexpr int64_t kPair = 2 * kLanes;
+  Vec even[vectors / 2] = {}, odd[vectors / 2] = {};
+  for (int64_t n = 0; n < rows; ++n)
+    for (int v = 0; v < vectors / 2; ++v) {
+      const BitsVec bits = (BitsVec)load(reinterpret_cast<const float*>(x + n * token + v * kPair));
+      even[v] += (Vec)(bits << 16);
+      odd[v] += (Vec)(bits & 0xffff0000);
+    }
+  for (int v = 0; v < vectors / 2; ++v) {
+    Vec first, second;
+    interleave(even[v], odd[v], first, second);
+    store(to + v * kPair, load(to + v * kPair) + first);
+    store(to + v * kPair + kLanes, load(to + v * kPair + kLanes) + second);
+  }
+}
+#endif
+
 template <class T>
 inline void add_rows(const T* x, int64_t token, int64_t channel, int64_t rows, int64_t dim, float* to) {
   int64_t d = 0;
@@ -194,8 +216,10 @@ struct InverseCounts {
         const int32_t* of = row(index, i / rows, i % rows);
         float* count = values + i * landmarks;
         memset(count, 0, landmarks * sizeof(float));
-        for (int64_t n = 0; n < tokens; ++n)
-          if (of[n] >= 0) count[of[n]] += 1.0f;
+        for (int64_t n = 0, end; n < tokens; n = end) {
+          for (end = n + 1; end < tokens && of[end] == of[n];) ++end;
+          if (of[n] >= 0) count[of[n]] += static_cast<float>(end - n);
+        }
         for (int64_t m = 0; m < landmarks; ++m) count[m] = count[m] > 0.0f ? 1.0f / count[m] : 0.0f;
       }
     });

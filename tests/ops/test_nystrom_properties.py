@@ -82,14 +82,28 @@ class TestBatch:
             assert_same(value, expected, backend)
 
 
-def test_long_sequences_give_the_same_bits_on_any_number_of_threads(backend: str) -> None:
-    """Long enough that the work over the tokens of one head is split."""
-    inputs = attention_inputs(1, 1, queries=5001, keys=4003, device=device_of(backend))
+@pytest.mark.parametrize("heads", [1, 3])
+def test_long_sequences_give_the_same_bits_on_any_number_of_threads(backend: str, heads: int) -> None:
+    """Long enough that the work over the tokens of one head is split; of three, two threads share one."""
+    inputs = attention_inputs(1, heads, queries=5001, keys=4003, device=device_of(backend))
     options = {"num_landmarks": 16, "cluster_iterations": 1, "backend": backend}
     two = run(inputs, **options)
     torch.set_num_threads(1)
     for value, expected in zip(run(inputs, **options), two, strict=True):
         assert_same(value, expected, backend)
+
+
+@in_every_dtype
+def test_what_is_written_past_the_cache_is_what_is_written_through_it(backend: str, dtype: torch.dtype) -> None:
+    """As outputs and gradients from 16 MiB on are on the CPU; those of one row are smaller."""
+    if backend == "reference":
+        pytest.skip("it leaves writing to torch")
+    inputs = attention_inputs(8, 1, queries=16384, head_dim=64, dtype=dtype, device=device_of(backend))
+    inputs["value"][2] = torch.nan
+    together = run(inputs, backend=backend)
+    for i in (0, 2, 7):
+        for value, expected in zip(together, run(rows(inputs, slice(i, i + 1)), backend=backend), strict=True):
+            assert_same(value[i : i + 1], expected, backend)
 
 
 class TestPadding:
