@@ -1,4 +1,4 @@
-"""What every test stands on: fixed seeds, two threads, and poisoned memory under the op tests; the long ones first."""
+"""What every test stands on: fixed seeds, two threads, and poisoned memory under the op tests."""
 
 import pathlib
 from collections.abc import Iterator
@@ -11,11 +11,6 @@ from nystromgan.bench.baselines.packages import make_torchvision_importable
 OPS = pathlib.Path(__file__).parent / "ops"
 
 make_torchvision_importable()  # before any test imports timm or transformers
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first: last, it would keep one of several processes waiting."""
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(autouse=True)

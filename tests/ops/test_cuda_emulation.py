@@ -41,7 +41,6 @@ BACKEND = "cpu"
 
 if _env.native_library_dir() != str(FOLDER):
 
-    @pytest.mark.long
     @pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation switches stacks of x86-64 alone")
     def test_emulated() -> None:
         # Without a sanitizer's runtime, which takes the fibres' stacks for faults.

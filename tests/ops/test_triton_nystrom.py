@@ -36,7 +36,6 @@ ROUNDED = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda"
 
 if DEVICE == "cpu" and not _env.triton_interpret():
 
-    @pytest.mark.long
     def test_under_the_interpreter(interpreted: Callable[[str], None]) -> None:
         interpreted(__file__)
 

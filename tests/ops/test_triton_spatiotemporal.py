@@ -20,7 +20,6 @@ CASES = [(1, 1, 1, 1, 1, 1), (2, 2, 4, 32, 33, 70), (1, 1, 8, 64, 65, 65), (1, 2
 
 if DEVICE == "cpu" and not _env.triton_interpret():
 
-    @pytest.mark.long
     def test_under_the_interpreter(interpreted: Callable[[str], None]) -> None:
         interpreted(__file__)
 
