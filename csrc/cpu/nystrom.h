@@ -166,7 +166,8 @@ NYSTROMGAN_INLINE void add_rows(const BFloat16* x, int64_t token, int64_t rows, 
   Vec even[vectors / 2] = {}, odd[vectors / 2] = {};
   for (int64_t n = 0; n < rows; ++n)
     for (int v = 0; v < vectors / 2; ++v) {
-      const BitsVec bits = (BitsVec)load(reinterpret_cast<const float*>(x + n * token + v * kPair));
+      BitsVec bits;
+      memcpy(&bits, x + n * token + v * kPair, sizeof bits);
       even[v] += (Vec)(bits << 16);
       odd[v] += (Vec)(bits & 0xffff0000);
     }
