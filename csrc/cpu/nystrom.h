@@ -232,34 +232,37 @@ struct InverseCounts {
   int64_t batch_stride, head_stride;
 };
 
+// Each row of x [rows, dim] times its factor.
+inline void scale_rows(int64_t rows, int64_t dim, const float* factor, float* x) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < dim; ++c) x[r * dim + c] *= factor[r];
+}
+
 // means [B, H, M, dim] of x's tokens over the index; `only` limits the work to the rows b where it is true.
 template <class T>
 inline void pool_tokens(
     ParallelRun run, int64_t batch, int64_t heads, int64_t tokens, int64_t landmarks, int64_t dim, const Tokens& x,
     LandmarkIndex index, const bool* only, float* means) {
   const InverseCounts inverse(run, batch, heads, tokens, landmarks, index);
-  const int64_t chunk = chunk_tokens(tokens), chunks = chunks_of(tokens), size = landmarks * dim;
-  Scratch partial(batch * heads * chunks * size);
-  parallel(run, batch * heads * chunks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / chunks / heads, h = i / chunks % heads, first = i % chunks * chunk;
-      if (only != nullptr && !only[b]) continue;
-      memset(partial + i * size, 0, size * sizeof(float));
-      add_to_landmarks<T>(
-          row<T>(x, b, h, first), x.token, x.channel, row(index, b, h) + first, min(chunk, tokens - first), dim,
-          partial + i * size);
-    }
-  });
-  parallel(run, batch * heads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (only != nullptr && !only[i / heads]) continue;
-      const float* count = inverse.of(i / heads, i % heads);
-      float* to = means + i * size;
-      memset(to, 0, size * sizeof(float));
-      for (int64_t c = 0; c < chunks; ++c) add_scaled(to, partial + (i * chunks + c) * size, 1.0f, size);
-      for (int64_t m = 0; m < landmarks; ++m)
-        for (int64_t d = 0; d < dim; ++d) to[m * dim + d] *= count[m];
-    }
+  const int64_t chunk = chunk_tokens(tokens), count = batch * heads, size = landmarks * dim;
+  const auto is_left_out = [&](int64_t i) { return only != nullptr && !only[i / heads]; };
+  sum_over_chunks(
+      run, count, chunks_of(tokens), size,
+      [&](int64_t i, int64_t s, float* partial, Workspace&) {
+        if (is_left_out(i)) return;
+        const int64_t b = i / heads, h = i % heads, first = s * chunk;
+        memset(partial, 0, size * sizeof(float));
+        add_to_landmarks<T>(
+            row<T>(x, b, h, first), x.token, x.channel, row(index, b, h) + first, min(chunk, tokens - first), dim, partial);
+      },
+      [&](int64_t i, int64_t s, const float* partial) {
+        if (is_left_out(i)) return;
+        if (s == 0) memset(means + i * size, 0, size * sizeof(float));
+        add_scaled(means + i * size, partial, 1.0f, size);
+      });
+  parallel(run, count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      if (!is_left_out(i)) scale_rows(landmarks, dim, inverse.of(i / heads, i % heads), means + i * size);
   });
 }
 

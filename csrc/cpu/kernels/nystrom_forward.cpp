@@ -164,11 +164,6 @@ struct Forward {
     }
   }
 
-  void finish_key_means(int64_t i, const InverseCounts& inverse) const {
-    const float* count = inverse.of(i / p.heads, i % p.heads);
-    for (int64_t c = 0; c < m * d; ++c) p.key_means[i * m * d + c] *= count[c / d];
-  }
-
   // mixed [M, E] = Z context
   void mix(int64_t i, const CoreNorms& global, ParallelRun team) const {
     if (is_exact(p, i)) return;  // pooled values already
@@ -253,7 +248,8 @@ struct Forward {
     if (f.pool_key) {
       const InverseCounts inverse(p.run, p.batch, p.heads, p.keys, m, p.key_index);
       parallel(p.run, count, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) finish_key_means(i, inverse);
+        for (int64_t i = begin; i < end; ++i)
+          scale_rows(m, d, inverse.of(i / p.heads, i % p.heads), p.key_means + i * m * d);
       });
     }
     const CoreNorms global(p);
