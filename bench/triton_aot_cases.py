@@ -46,7 +46,7 @@ def compile_case(architecture: int, case: Case) -> list[Any]:
         mask = torch.empty(1, tokens, dtype=torch.bool, device="meta")
         index, absent, exact = masked_landmarks(mask, (tokens,), (landmarks,))
         plan = (None, None, index, index, mask, absent, absent, exact)
-    options = ((tokens,), (tokens,), (landmarks,), landmarks, 0.125, 6, False, not taps)
+    options = ((tokens,), (tokens,), (landmarks,), landmarks, 0.125, 6, False, not taps, False)
     with compiled_for(architecture) as compiled:
         output, *saved = kernels.nystrom_attention(query, key, value, *plan, *epilogue, *options)
         kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *epilogue[:2], *options)

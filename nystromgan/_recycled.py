@@ -3,7 +3,8 @@
 New memory comes from the system page by page, and each page is filled with zeros first. Of the 22 ms that W / sigma of
 a 20-layer discriminator (56 MB) added to its forward, that was 18; of a forward of attention over 16384 tokens (34 MB),
 6 of 30 (2 cores). glibc asks the system for 32 MiB and more in every call, and gives back what is free at its heap's
-end, so the native library takes its outputs from here from 16 MiB on.
+end, so the native library takes its outputs from here from 16 MiB on, and from 1 MiB on what a forward keeps of the
+pseudo-inverse for its backward.
 """
 
 import math
@@ -43,8 +44,9 @@ def empty_like(weight: Tensor) -> Tensor:
 def empty_cache() -> None:
     """Gives back to the system the memory that calls on the CPU keep for the next ones.
 
-    Kept are outputs and gradients of attention from 16 MiB on, a sixteenth of the machine's memory at most, and up to
-    four tensors for each spectrally normalised weight. What a tensor still holds stays.
+    Kept are outputs and gradients of attention from 16 MiB on and iterates of its pseudo-inverse from 1 MiB on, of the
+    machine's memory a sixteenth at most, and up to four tensors for each spectrally normalised weight. What a tensor
+    still holds stays.
     """
     with _lock:
         _pool.clear()

@@ -12,7 +12,8 @@ namespace {
 
 PinvForward problem(const Tensor& matrix, int64_t iterations, bool global_init, float* inverse) {
   const int64_t size = matrix.size(-1), batch = matrix.numel() / (size * size);
-  return {batch, size, iterations, global_init, static_cast<const float*>(matrix.const_data_ptr()), inverse, run_parallel};
+  return {batch, size, iterations, global_init, static_cast<const float*>(matrix.const_data_ptr()), inverse, run_parallel,
+          torch::stable::get_num_threads()};
 }
 
 Tensor forward(const Tensor& matrix, int64_t iterations, bool global_init) {

@@ -12,6 +12,7 @@ struct PinvForward {
   const float* matrix;  // [batch, size, size]
   float* inverse;       // [batch, size, size]
   ParallelRun run;
+  int64_t threads;  // of run
 };
 
 struct PinvBackward {

@@ -5,7 +5,7 @@
 
 #include "engine.h"
 #include "nystrom_attention.h"
-#include "pinv.h"
+#include "pinv_apply.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
 
@@ -50,6 +50,9 @@ inline void sum_over_chunks(ParallelRun run, int64_t count, int64_t chunks, int6
       added[i] = 1.0f;
     }
   });
+  bool all = true;
+  for (int64_t i = 0; i < count; ++i) all &= added[i] != 0.0f;
+  if (all) return;
   parallel(run, count, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t s = 0; added[i] == 0.0f && s < chunks; ++s) add(i, s, waiting + (i * chunks + s) * size);
@@ -71,13 +74,13 @@ inline const int32_t* row(const LandmarkIndex& index, int64_t b, int64_t h) {
   return index.data + b * index.batch + h * index.head;
 }
 
-// Tokens in a block, whose [tokens, M] floats stay within 64 KiB. Of fp32, 60 rows of 64 leave room in L1 for what is
+// Tokens in a block, whose [tokens, M] floats stay within 128 KiB. Of fp32, 60 rows of 64 leave room in L1 for what is
 // asked for ahead: 48 and 96 take 1.01 times as long on Zen 3. AMX tiles want multiples of 32.
 template <class E>
 inline int64_t block_tokens(int64_t landmarks) {
   constexpr bool kTiles = E::kRowPad > 1;
   constexpr int64_t kMost = kTiles ? 96 : 60, kLeast = kTiles ? 32 : 12;
-  return max(kLeast, min(16384 / round_up(landmarks, kLanes) / kLeast * kLeast, kMost));
+  return max(kLeast, min(32768 / round_up(landmarks, kLanes) / kLeast * kLeast, kMost));
 }
 
 // Rows that are used soon.
@@ -329,18 +332,22 @@ inline void softmax_rows(
 }
 
 // The core A = softmax(s Q~ K~^T) as a square; rows of absent query landmarks are zero.
-inline void make_core(const NystromProblem& p, int64_t i, float* core) {
-  const int64_t m = p.landmarks, d = p.head_dim, ld = square_ld(m), b = i / p.heads;
+inline void make_core(const NystromProblem& p, int64_t i, ParallelRun team, float* core) {
+  const int64_t m = p.landmarks, d = p.head_dim, ld = padded_ld(m), b = i / p.heads;
   Scratch keys(m * d), packed(d * ld);
   scale_to_base_2(p.key_means + i * m * d, m * d, p.scale, keys);
   scaled_transpose(m, d, 1.0f, keys, d, packed, ld);  // [D, M]
-  multiply_float<false>(m, ld, d, {p.query_means + i * m * d, d, 1}, packed, ld, core, ld);
   const bool* absent = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
-  softmax_rows<float, true>(core, m, m, ld, absent, nullptr, [] {});
-  for (int64_t r = 0; r < m; ++r)
-    if (p.query_landmark_mask != nullptr && p.query_landmark_mask[b * m + r]) memset(core + r * ld, 0, ld * 4);
-  for (int64_t r = 0; r < m; ++r)
-    for (int64_t c = round_up(m, kLanes); c < ld; ++c) core[r * ld + c] = 0.0f;
+  shared(team, (m + kLanes - 1) / kLanes, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kLanes, last = min(end * kLanes, m);
+    float* const rows = core + first * ld;
+    multiply_float<false>(last - first, ld, d, {p.query_means + (i * m + first) * d, d, 1}, packed, ld, rows, ld);
+    softmax_rows<float, true>(rows, last - first, m, ld, absent, nullptr, [] {});
+    for (int64_t r = first; r < last; ++r) {
+      const bool is_absent = p.query_landmark_mask != nullptr && p.query_landmark_mask[b * m + r];
+      for (int64_t c = is_absent ? 0 : round_up(m, kLanes); c < ld; ++c) core[r * ld + c] = 0.0f;
+    }
+  });
 }
 
 // Whether row b's landmarks are its own tokens, so that O = F pool(V).
@@ -353,9 +360,9 @@ struct CoreNorms {
     const int64_t count = p.batch * p.heads;
     Scratch columns(count), rows(count);
     parallel(p.run, count, [&](int64_t begin, int64_t end) {
-      Scratch core(square_size(p.landmarks)), line(square_ld(p.landmarks));
+      Scratch core(square_size(p.landmarks)), line(padded_ld(p.landmarks));
       for (int64_t i = begin; i < end; ++i) {
-        make_core(p, i, core);
+        make_core(p, i, nullptr, core);
         const Norms own = norms(p.landmarks, core, line);
         columns[i] = own.column, rows[i] = own.row;
       }

@@ -26,6 +26,7 @@ struct NystromProblem {
   bool global_init;
   Dtype dtype;
   ParallelRun run;
+  int64_t threads;  // of run
   Tokens query, key, value;
   LandmarkIndex query_index, key_index;
   const bool *key_padding_mask, *query_landmark_mask, *key_landmark_mask;  // [B, S], [B, M], [B, M]; null for none
@@ -37,6 +38,7 @@ struct NystromProblem {
   float *query_means, *key_means;  // [B, H, M, D]
   float *context, *mixed;          // G V and Z (G V), [B, H, M, E]
   float* logsumexp;                // of G's rows, [B, H, M]
+  float* iterates;                 // what PinvApply keeps, [B, H, iterates_size]; null where it is made again
 };
 
 struct NystromForward {

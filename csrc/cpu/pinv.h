@@ -1,8 +1,8 @@
 // The iterative Moore-Penrose inverse of one fp32 matrix, forward and backward, for the kernels that need one.
 //
-//   Z_0 = A^T / c,  X = A Z,  T1 = 7 I - X,  T2 = 15 I - X T1,  T3 = 13 I - X T2,  Z <- 1/4 Z T3
+//   Z_0 = A^T / c,  X = A Z,  T2 = 15 I - 7 X + X^2,  T3 = 13 I - X T2,  Z <- 1/4 Z T3
 //
-// A square is [m, ld] with ld = square_ld(m), zero in its last columns. Gradients of A and Z are kept transposed.
+// A square is [m, ld] with ld = padded_ld(m), zero in its last columns. Gradients of A and Z are kept transposed.
 //
 // The backward goes forward. While c stays, Z = A^T f(A A^T) for a polynomial f, so Z^T is the gradient in A of a number,
 // tr P(A A^T) with 2 P' = f, and the derivative of a gradient is its own adjoint: dA = (Z')^T for a gradient G of Z, where
@@ -11,28 +11,32 @@
 #pragma once
 
 #include "engine.h"
+#include "pinv_plan.h"
 #include "../common/types.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
 
 // Rows of an odd number of cache lines: 2 KiB apart, the rows of a 512-wide panel would share eight L1 sets.
-inline int64_t square_ld(int64_t m) {
+inline int64_t padded_ld(int64_t m) {
   const int64_t lines = round_up(m, 16) / 16;
   return 16 * (lines >= 8 && lines % 2 == 0 ? lines + 1 : lines);
 }
 
-inline int64_t square_size(int64_t m) { return m * square_ld(m); }
+inline int64_t square_size(int64_t m) { return m * padded_ld(m); }
 
-// From this size on, one matrix is shared by all threads unless there are matrices enough.
+// From this size on, one matrix is shared by all threads where a matrix a thread would leave more than a fifth of them idle:
+// shared, a matrix takes 1.15 times its part of the threads' time (512 rows, 2 threads).
 constexpr int64_t kSharedSize = 128;
-constexpr int64_t kEnoughMatrices = 8;
 
-inline bool shares_matrix(int64_t count, int64_t m) { return m >= kSharedSize && count < kEnoughMatrices; }
+inline bool shares_matrix(int64_t threads, int64_t count, int64_t m) {
+  const int64_t rounds = (count + threads - 1) / threads;
+  return m >= kSharedSize && 4 * rounds * threads > 5 * count;
+}
 
 // Runs body(i, team) for every matrix: side by side, or one after the other, each with the whole team.
 template <class Body>
-inline void for_each_matrix(ParallelRun run, int64_t count, int64_t m, Body body) {
-  if (shares_matrix(count, m)) {
+inline void for_each_matrix(ParallelRun run, int64_t threads, int64_t count, int64_t m, Body body) {
+  if (shares_matrix(threads, count, m)) {
     for (int64_t i = 0; i < count; ++i) body(i, run);
   } else {
     parallel(run, count, [&](int64_t begin, int64_t end) {
@@ -111,7 +115,7 @@ inline void product(
   if (suits_tiles(rows, cols, k))
     return tile_product<accumulate, lower>(team, rows, cols, k, a, b, ldb, c, ldc, finish);
 #endif
-  constexpr int64_t kBlockRows = 12, kBlockK = 64, kPanel = 2 * kLanes;
+  constexpr int64_t kBlockRows = 6, kBlockK = 64, kPanel = 2 * kLanes;
   const int64_t blocks = (rows + kBlockRows - 1) / kBlockRows;
   shared(team, blocks, [&](int64_t begin, int64_t end) {
     const int64_t first = lower ? triangle_row(rows, begin, blocks) : begin * kBlockRows;
@@ -135,19 +139,9 @@ inline void product(
   product<accumulate, lower>(team, rows, cols, k, a, b, ldb, c, ldc, [](int64_t, int64_t) {});
 }
 
-// Rows of dst = diagonal I - src, on squares.
-inline void subtract_from_identity(
-    int64_t m, float diagonal, const float* src, float* dst, int64_t first, int64_t rows) {
-  const int64_t ld = square_ld(m);
-  for (int64_t r = first; r < first + rows; ++r) {
-    for (int64_t c = 0; c < ld; c += kLanes) store(dst + r * ld + c, -load(src + r * ld + c));
-    dst[r * ld + r] += diagonal;
-  }
-}
-
 // Blocks of kLanes above the diagonal of a square become those below it, transposed; for the rows of block `i`.
 inline void mirror(int64_t m, int64_t i, float* c) {
-  const int64_t ld = square_ld(m), row = i * kLanes, whole = m / kLanes * kLanes, padded = round_up(m, kLanes);
+  const int64_t ld = padded_ld(m), row = i * kLanes, whole = m / kLanes * kLanes, padded = round_up(m, kLanes);
   for (int64_t col = row + kLanes; col < whole; col += kLanes) {
     Vec x[kLanes];
     for (int r = 0; r < kLanes; ++r) x[r] = load(c + (col + r) * ld + row);
@@ -168,15 +162,15 @@ inline void mirror(ParallelRun team, int64_t m, float* c) {
   });
 }
 
-// c = a b, then dst = diagonal I - c, of squares whose product is symmetric: half the work. c may be dst.
-inline void symmetric_product(
-    ParallelRun team, int64_t m, const float* a, const float* b, float* c, float diagonal, float* dst) {
-  const int64_t ld = square_ld(m);
-  product<false, true>(team, m, m, m, {a, ld, 1}, b, ld, c, ld, [&](int64_t first, int64_t rows) {
-    subtract_from_identity(m, diagonal, c, dst, first, rows);
-  });
+// c = a b of squares, then finish(first, rows); half the work where the product is `symmetric`: then `finish` sees what
+// lies above the diagonal only as rubbish, which the mirrored rest replaces.
+template <class Finish>
+inline void square_product(
+    ParallelRun team, int64_t m, const float* a, const float* b, bool symmetric, float* c, Finish finish) {
+  const int64_t ld = padded_ld(m);
+  if (!symmetric) return product<false>(team, m, m, m, {a, ld, 1}, b, ld, c, ld, finish);
+  product<false, true>(team, m, m, m, {a, ld, 1}, b, ld, c, ld, finish);
   mirror(team, m, c);
-  if (dst != c) mirror(team, m, dst);
 }
 
 // c = a b + d e of squares, then finish(first, rows); half the work where the sum is `symmetric`.
@@ -184,7 +178,7 @@ template <class Finish>
 inline void sum_of_products(
     ParallelRun team, int64_t m, const float* a, const float* b, const float* d, const float* e, bool symmetric, float* c,
     Finish finish) {
-  const int64_t ld = square_ld(m);
+  const int64_t ld = padded_ld(m);
   if (!symmetric) {
     product<false>(team, m, m, m, {a, ld, 1}, b, ld, c, ld);
     return product<true>(team, m, m, m, {d, ld, 1}, e, ld, c, ld, finish);
@@ -226,7 +220,7 @@ NYSTROMGAN_INLINE Vec magnitudes(Vec x) { return (Vec)((IntVec)x & 0x7fffffff); 
 inline bool larger(float x, float y) { return x > y || (x != x && y == y); }
 
 inline Norms norms(int64_t m, const float* a, float* scratch /* ld */) {
-  const int64_t ld = square_ld(m), padded = round_up(m, kLanes);
+  const int64_t ld = padded_ld(m), padded = round_up(m, kLanes);
   memset(scratch, 0, ld * sizeof(float));
   Norms best;
   for (int64_t r = 0; r < m; ++r) {
@@ -258,112 +252,59 @@ inline PinvStep pinv_step(float* chain, int64_t m, int64_t step) {
   return {base, base + size, base + 2 * size, base + 3 * size};
 }
 
-// X, T2 and T3 of a step from A and Z; `scratch` is a square. All are polynomials of A A^T, and `symmetric` halves the work.
-inline void pinv_factors(ParallelRun team, int64_t m, const float* a, PinvStep step, bool symmetric, float* scratch) {
-  const int64_t ld = square_ld(m);
-  // kept = left right, then dst = diagonal I - kept
-  auto times = [&](const float* left, const float* right, float* kept, float diagonal, float* dst) {
-    if (symmetric) return symmetric_product(team, m, left, right, kept, diagonal, dst);
-    product<false>(team, m, m, m, {left, ld, 1}, right, ld, kept, ld, [&](int64_t first, int64_t rows) {
-      subtract_from_identity(m, diagonal, kept, dst, first, rows);
-    });
-  };
-  times(a, step.z, step.x, 7.0f, scratch);
-  times(step.x, scratch, step.t2, 15.0f, step.t2);
-  times(step.x, step.t2, step.t3, 13.0f, step.t3);
+// X, T2 = 15 I - 7 X + X^2 and T3 of a step from A and Z. All are polynomials of A A^T, and `symmetric` halves the work.
+inline void pinv_factors(ParallelRun team, int64_t m, const float* a, PinvStep step, bool symmetric) {
+  const int64_t ld = padded_ld(m);
+  square_product(team, m, a, step.z, symmetric, step.x, [](int64_t, int64_t) {});
+  square_product(team, m, step.x, step.x, symmetric, step.t2, [&](int64_t first, int64_t rows) {
+    for (int64_t r = first; r < first + rows; ++r) {
+      for (int64_t c = r * ld; c < (r + 1) * ld; c += kLanes)
+        store(step.t2 + c, load(step.t2 + c) - 7.0f * load(step.x + c));
+      step.t2[r * ld + r] += 15.0f;
+    }
+  });
+  square_product(team, m, step.x, step.t2, symmetric, step.t3, [&](int64_t first, int64_t rows) {
+    for (int64_t r = first; r < first + rows; ++r) {
+      for (int64_t c = r * ld; c < (r + 1) * ld; c += kLanes) store(step.t3 + c, -load(step.t3 + c));
+      step.t3[r * ld + r] += 13.0f;
+    }
+  });
 }
 
 // Z_next = 1/4 Z T3
 inline void pinv_advance(ParallelRun team, int64_t m, PinvStep step, float* next) {
-  const int64_t ld = square_ld(m);
+  const int64_t ld = padded_ld(m);
   product<false>(team, m, m, m, {step.z, ld, 1}, step.t3, ld, next, ld, [&](int64_t first, int64_t rows) {
     scale_in_place(rows * ld, 0.25f, next + first * ld);
   });
 }
 
-// The last steps may take X for symmetric. What rounding leaves of asymmetry keeps Z's rounding out of the null space of A:
-// without it, that grows 3.25 times a step. After 6 steps the error against float64 is that of plain products, of 1e-6;
-// after 12 it would be 1e-4 and theirs 2e-6. Below 96 rows halves take as long as the whole.
-constexpr int64_t kSymmetricSteps = 6;
-constexpr int64_t kSymmetricSize = 96;
+// Of up to so many steps, X is taken for symmetric. What rounding leaves of asymmetry keeps Z's rounding out of the null
+// space of A: without it, that grows 3.25 times a step. After 8 steps the error against float64 is that of plain products,
+// of 2e-6; after 12 gradients would be off by 1.7 times eager's error, and plain products by 0.7 times.
+constexpr int64_t kSymmetricSteps = 8;
 
-inline bool is_symmetric_step(int64_t m, int64_t i, int64_t steps) {
-  return m >= kSymmetricSize && i >= steps - kSymmetricSteps;
-}
+inline bool is_symmetric(int64_t m, int64_t steps) { return m >= kSymmetricSize && steps <= kSymmetricSteps; }
 
 // Runs `steps` steps of `all`. With keep, step i's factors stay in chain + 4 i squares, else two steps' memory is used in turn;
-// returns the last Z. `chain` holds 4 (keep ? steps + 1 : 2) squares, `scratch` one.
+// returns the last Z. `chain` holds keep ? 4 steps + 1 : 8 squares.
 inline float* pinv_chain(
-    ParallelRun team, int64_t m, const float* a, float c, int64_t steps, int64_t all, bool keep, float* chain,
-    float* scratch) {
-  const int64_t ld = square_ld(m);
+    ParallelRun team, int64_t m, const float* a, float c, int64_t steps, int64_t all, bool keep, float* chain) {
+  const int64_t ld = padded_ld(m);
   scaled_transpose(m, m, 1.0f / c, a, ld, pinv_step(chain, m, 0).z, ld);
   for (int64_t i = 0; i < steps; ++i) {
     const PinvStep step = pinv_step(chain, m, keep ? i : i % 2);
-    pinv_factors(team, m, a, step, is_symmetric_step(m, i, all), scratch);
+    pinv_factors(team, m, a, step, is_symmetric(m, all));
     pinv_advance(team, m, step, pinv_step(chain, m, keep ? i + 1 : (i + 1) % 2).z);
   }
   return pinv_step(chain, m, keep ? steps : steps % 2).z;
-}
-
-// y [rows, e] -> dst [rows, ldd], zeros in the columns up to round_up(e, kLanes).
-inline void pad_columns(int64_t rows, int64_t e, const float* y, float* dst, int64_t ldd) {
-  for (int64_t r = 0; r < rows; ++r) {
-    memcpy(dst + r * ldd, y + r * e, e * sizeof(float));
-    memset(dst + r * ldd + e, 0, (round_up(e, kLanes) - e) * sizeof(float));
-  }
-}
-
-inline void pad_columns(int64_t rows, int64_t e, const float* y, float* dst) {
-  pad_columns(rows, e, y, dst, round_up(e, kLanes));
-}
-
-// t = diagonal y - t over size floats.
-inline void subtract_from(int64_t size, float diagonal, const float* y, float* t) {
-  for (int64_t i = 0; i < size; i += kLanes) store(t + i, diagonal * load(y + i) - load(t + i));
-}
-
-// The last step goes from the right, on the m x e matrix: fewer products with a whole X than this many columns in m pay.
-constexpr int64_t kThinRatio = 3;
-
-inline int64_t pinv_apply_scratch(int64_t m, int64_t e) { return square_size(m) + 4 * m * round_up(e, kLanes); }
-
-// w [m, e] = Z y of y [m, e] after `steps` steps. `chain` holds eight squares, `scratch` pinv_apply_scratch floats.
-inline void pinv_apply(
-    ParallelRun team, int64_t m, const float* a, float c, int64_t steps, const float* y, int64_t e, float* w,
-    float* chain, float* scratch) {
-  const int64_t ld = square_ld(m), lde = round_up(e, kLanes), size = m * lde;
-  float *padded = scratch + square_size(m), *t = padded + size, *zt = t + size, *result = zt + size;
-  pad_columns(m, e, y, padded);
-  float* z = pinv_chain(team, m, a, c, steps > 0 ? steps - 1 : 0, steps, false, chain, scratch);
-  if (steps == 0) {
-    product<false>(team, m, lde, m, {z, ld, 1}, padded, lde, result, lde);
-  } else {
-    const bool whole = kThinRatio * e >= m;
-    float* x = z + square_size(m);  // X's place in the chain
-    if (whole) product<false>(team, m, m, m, {a, ld, 1}, z, ld, x, ld);
-    auto times_x = [&](const float* from) {  // t = X from
-      if (!whole) product<false>(team, m, lde, m, {z, ld, 1}, from, lde, zt, lde);
-      product<false>(team, m, lde, m, {whole ? x : a, ld, 1}, whole ? from : zt, lde, result, lde);
-      memcpy(t, result, size * sizeof(float));
-    };
-    times_x(padded);
-    subtract_from(size, 7.0f, padded, t);
-    times_x(t);
-    subtract_from(size, 15.0f, padded, t);
-    times_x(t);
-    subtract_from(size, 13.0f, padded, t);
-    product<false>(team, m, lde, m, {z, ld, 1}, t, lde, result, lde);
-    scale_in_place(size, 0.25f, result);
-  }
-  for (int64_t r = 0; r < m; ++r) memcpy(w + r * e, result + r * lde, e * sizeof(float));
 }
 
 // Z' of the next step from a step's; `scratch` holds three squares.
 inline void pinv_advance_tangent(
     ParallelRun team, int64_t m, const float* a, const float* tangent_a, PinvStep step, bool symmetric,
     const float* tangent_z, float* next, float* scratch) {
-  const int64_t size = square_size(m), ld = square_ld(m);
+  const int64_t size = square_size(m), ld = padded_ld(m);
   float *x = scratch, *t2 = scratch + size, *t3 = scratch + 2 * size;  // X', T2', T3'
   sum_of_products(team, m, tangent_a, step.z, a, tangent_z, symmetric, x, [](int64_t, int64_t) {});
   sum_of_products(team, m, x, step.x, step.x, x, symmetric, t2, [&](int64_t first, int64_t rows) {
@@ -382,7 +323,7 @@ inline float inner(int64_t m, const float* x, const float* y) {
   float total = 0;
   for (int64_t r = 0; r < m; ++r) {
     Vec sum{};
-    for (int64_t i = r * square_ld(m); i < r * square_ld(m) + round_up(m, kLanes); i += kLanes)
+    for (int64_t i = r * padded_ld(m); i < r * padded_ld(m) + round_up(m, kLanes); i += kLanes)
       sum += load(x + i) * load(y + i);  // products leave the rest unwritten
     total += reduce_add(sum);
   }
@@ -394,13 +335,13 @@ inline float inner(int64_t m, const float* x, const float* y) {
 inline float pinv_chain_backward(
     ParallelRun team, int64_t m, const float* a, float c, int64_t steps, int64_t all, float* chain, const float* grad_z,
     float* grad_a, float* scratch) {
-  const int64_t size = square_size(m), ld = square_ld(m);
+  const int64_t size = square_size(m), ld = padded_ld(m);
   float *tangent = scratch, *next = scratch + size;
   scaled_transpose(m, m, 1.0f / c, grad_z, ld, tangent, ld);
   const float from_z = inner(m, tangent, pinv_step(chain, m, steps).z);  // <G, Z> / c
   for (int64_t i = 0; i < steps; ++i) {
-    const bool symmetric = is_symmetric_step(m, i, all);
-    pinv_advance_tangent(team, m, a, grad_z, pinv_step(chain, m, i), symmetric, tangent, next, scratch + 2 * size);
+    const PinvStep step = pinv_step(chain, m, i);
+    pinv_advance_tangent(team, m, a, grad_z, step, is_symmetric(m, all), tangent, next, scratch + 2 * size);
     float* const done = tangent;
     tangent = next, next = done;
   }
@@ -409,86 +350,10 @@ inline float pinv_chain_backward(
   return -0.5f * (from_z + from_a);
 }
 
-// The backward of the last step on thin matrices, w = 1/4 Z t3 with t1 = 7 y - A Z y, t2 = 15 y - A Z t1, t3 = 13 y - A Z t2:
-// grad_y [m, e], grad_z (transposed) of this Z, and what grad_a (transposed) gains.
-inline void pinv_last_step_backward(
-    ParallelRun team, int64_t m, const float* a, const float* z, const float* y, const float* grad_w, int64_t e,
-    float* grad_y, float* grad_z, float* grad_a) {
-  constexpr int kThin = 4;
-  const int64_t ld = square_ld(m), n = round_up(e, kLanes), wide = kThin * n, size = m * wide;
-  // Four matrices [m, n] side by side in each, so that sums of their outer products are one product:
-  // t3 / 4, t2, t1, y;  -, Z t2, Z t1, Z y;  dw and the gradients of the latter;  -, of A Z t2, A Z t1, A Z y.
-  Scratch t(size), zt(size), grad_zt(size), grad_azt(size), grad_t(m * n), sum(m * n), transposed(wide * ld);
-  auto part = [&](float* from, int i) { return from + i * n; };
-  auto times = [&](StridedMatrix left, const float* right, float* to, int64_t ldt) {
-    product<false>(team, m, n, m, left, right, wide, to, ldt);
-  };
-  auto each = [&](auto body) {
-    for (int64_t r = 0; r < m; ++r)
-      for (int64_t k = 0; k < n; k += kLanes) body(r * wide + k, r * n + k);
-  };
-  const StridedMatrix whole{a, ld, 1}, inverse{z, ld, 1}, whole_t{a, 1, ld}, inverse_t{z, 1, ld};
-  constexpr float kDiagonal[kThin] = {13.0f, 15.0f, 7.0f, 1.0f};  // y's factor in t3, t2, t1, y
-
-  pad_columns(m, e, y, part(t, 3), wide);
-  for (int i = 3; i > 0; --i) {
-    times(inverse, part(t, i), part(zt, i), wide);
-    times(whole, part(zt, i), part(t, i - 1), wide);
-    const float* const start = part(t, 3);
-    float* const next = part(t, i - 1);
-    each([&](int64_t at, int64_t) { store(next + at, kDiagonal[i - 1] * load(start + at) - load(next + at)); });
-  }
-
-  pad_columns(m, e, grad_w, part(grad_zt, 0), wide);
-  times(inverse_t, part(grad_zt, 0), grad_t, n);
-  each([&](int64_t at, int64_t dense) {
-    const Vec grad = 0.25f * load(grad_t + dense);
-    store(grad_t + dense, grad);
-    store(sum + dense, kDiagonal[0] * grad);
-    store(t + at, 0.25f * load(t + at));
-  });
-  for (int i = 1; i < kThin; ++i) {
-    float* const to = part(grad_azt, i);
-    each([&](int64_t at, int64_t dense) { store(to + at, -load(grad_t + dense)); });
-    times(whole_t, to, part(grad_zt, i), wide);
-    times(inverse_t, part(grad_zt, i), grad_t, n);
-    each([&](int64_t, int64_t dense) { store(sum + dense, load(sum + dense) + kDiagonal[i] * load(grad_t + dense)); });
-  }
-  for (int64_t r = 0; r < m; ++r) memcpy(grad_y + r * e, sum + r * n, e * sizeof(float));
-
-  scaled_transpose(m, wide, 1.0f, grad_zt, wide, transposed, ld);
-  product<false>(team, m, ld, wide, {t, wide, 1}, transposed, ld, grad_z, ld);
-  scaled_transpose(m, wide - n, 1.0f, part(grad_azt, 1), wide, transposed, ld);
-  product<true>(team, m, ld, wide - n, {part(zt, 1), wide, 1}, transposed, ld, grad_a, ld);
-}
-
-// The backward of pinv_apply, w = Z y: from grad_w [m, e] gives grad_y [m, e], and adds to grad_a (transposed). Returns
-// d c. `chain` holds 4 (steps + 1) squares, `scratch` five.
-inline float pinv_apply_backward(
-    ParallelRun team, int64_t m, const float* a, float c, int64_t steps, const float* y, const float* grad_w, int64_t e,
-    float* grad_y, float* grad_a, float* chain, float* scratch) {
-  const int64_t ld = square_ld(m);
-  Scratch grad_z(m * ld);
-  if (steps > 0 && kThinRatio * e < m) {
-    const float* z = pinv_chain(team, m, a, c, steps - 1, steps, true, chain, scratch);
-    pinv_last_step_backward(team, m, a, z, y, grad_w, e, grad_y, grad_z, grad_a);
-    return pinv_chain_backward(team, m, a, c, steps - 1, steps, chain, grad_z, grad_a, scratch);
-  }
-  const int64_t lde = round_up(e, kLanes);
-  Scratch padded(m * lde), transposed(e * ld), result(m * lde);
-  const float* z = pinv_chain(team, m, a, c, steps, steps, true, chain, scratch);
-  pad_columns(m, e, grad_w, padded);
-  product<false>(team, m, lde, m, {z, 1, ld}, padded, lde, result, lde);  // Z^T dW
-  for (int64_t r = 0; r < m; ++r) memcpy(grad_y + r * e, result + r * lde, e * sizeof(float));
-  scaled_transpose(m, e, 1.0f, grad_w, e, transposed, ld);
-  product<false>(team, m, ld, e, {y, e, 1}, transposed, ld, grad_z, ld);  // (dW y^T)^T
-  return pinv_chain_backward(team, m, a, c, steps, steps, chain, grad_z, grad_a, scratch);
-}
-
 // Adds the gradient of a norm |A|_1 (a column's sum) or |A|_inf (a row's): factor * sign(A) along the line where it is.
 inline void add_norm_gradient(
     int64_t m, const float* a, float factor, int64_t line, bool is_column, float* grad) {
-  const int64_t ld = square_ld(m);
+  const int64_t ld = padded_ld(m);
   for (int64_t i = 0; i < m; ++i) {
     const int64_t at = is_column ? i * ld + line : line * ld + i;
     grad[at] += factor * float((a[at] > 0.0f) - (a[at] < 0.0f));

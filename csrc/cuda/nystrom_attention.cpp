@@ -124,14 +124,14 @@ void check_no_epilogue(bool none) {
   STD_TORCH_CHECK(none, "on cuda the op takes no conv_weight, gamma or residual and writes rows of channels");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& query_landmarks,
     const OptionalTensor& key_landmarks, const OptionalTensor& query_index, const OptionalTensor& key_index,
     const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
     const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const OptionalTensor& conv_weight,
     const OptionalTensor& gamma, const OptionalTensor& residual, const Sizes& query_grid, const Sizes& key_grid,
     const Sizes& landmark_grid, int64_t num_landmarks, double scale, int64_t pinv_iterations, bool global_init,
-    bool token_major) {
+    bool token_major, bool /*keep_iterates*/) {
   check_no_epilogue(!conv_weight && !gamma && !residual && token_major);
   const Call call(query, value,
                   {query_landmarks, key_landmarks, query_index, key_index, key_padding_mask, query_landmark_mask,
@@ -144,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Tensor context = empty(query, {batch, heads, num_landmarks, dim}, ScalarType::Float);
   const Tensor mixed = torch::stable::empty_like(context);
   const Tensor logsumexp = empty(query, {batch, heads, num_landmarks}, ScalarType::Float);
+  const Tensor iterates = empty(query, {0}, ScalarType::Float);  // the backward makes them again
   const bool single = takes_single_launch(call.type, call.queries, call.keys, num_landmarks,
                                           std::max(call.dim, call.value_dim), global_init);
   const Tensor query_means = means_of(query, query_landmarks, of_queries, num_landmarks, !single);
@@ -153,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
                    query_landmarks ? std::nullopt : of_queries, key_landmarks ? std::nullopt : of_keys,
                    call.plan.key_padding_mask, call.plan.query_absent, call.plan.key_absent, call.plan.exact, of_keys,
                    scale, pinv_iterations});
-  if (call.rows() == 0 || single) return {output, query_means, key_means, context, mixed, logsumexp};
+  if (call.rows() == 0 || single) return {output, query_means, key_means, context, mixed, logsumexp, iterates};
 
   const Tensor inverse = inverse_of(call, call.core(query, query_means, key_means));
   const AttendShape shape = call.over_keys();
@@ -180,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   last.query = operand_of(query), last.key = operand_of(narrow_key), last.value = operand_of(narrow_mixed);
   last.mask = bytes_of(call.plan.key_absent), last.output = operand_of(output);
   launch_attend(query, call.type, false, call.of_queries(), last);
-  return {output, query_means, key_means, context, mixed, logsumexp};
+  return {output, query_means, key_means, context, mixed, logsumexp, iterates};
 }
 
 // One backward call; what a pass makes lies here for the next.
@@ -316,11 +317,12 @@ struct Backward {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& query_means,
     const Tensor& key_means, const Tensor& context, const Tensor& mixed, const Tensor& logsumexp,
-    const OptionalTensor& query_landmarks, const OptionalTensor& key_landmarks, const OptionalTensor& query_index,
+    const Tensor& /*iterates*/, const OptionalTensor& query_landmarks, const OptionalTensor& key_landmarks, const OptionalTensor& query_index,
     const OptionalTensor& key_index, const OptionalTensor& key_padding_mask, const OptionalTensor& query_landmark_mask,
     const OptionalTensor& key_landmark_mask, const OptionalTensor& exact_rows, const OptionalTensor& conv_weight,
     const OptionalTensor& gamma, const Sizes& query_grid, const Sizes& key_grid, const Sizes& landmark_grid,
-    int64_t num_landmarks, double scale, int64_t pinv_iterations, bool global_init, bool token_major) {
+    int64_t num_landmarks, double scale, int64_t pinv_iterations, bool global_init, bool token_major,
+    bool /*keep_iterates*/) {
   check_no_epilogue(!conv_weight && !gamma && token_major);
   auto like = [](const Tensor& x) { return empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type()); };
   const Tensor grad_query = like(query), grad_key = like(key), grad_value = like(value);

@@ -370,7 +370,7 @@ else:
             for indices in ((index, index), (None, index), (None, None)):
                 leaves = [x.detach().requires_grad_() for x in inputs.values()]
                 plan, epilogue = (None, None, *indices, *(None,) * 4), (None,) * 3
-                options = (grid, grid, counts, math.prod(counts), 0.3, 1, False, True, BACKEND)
+                options = (grid, grid, counts, math.prod(counts), 0.3, 1, False, True, False, BACKEND)
                 output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *plan, *epilogue, *options)
                 results.append([output, *saved, *torch.autograd.grad(output.square().sum(), leaves)])
             for told, partly, alone in zip(*results, strict=True):

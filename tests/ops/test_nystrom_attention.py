@@ -76,6 +76,21 @@ class TestFormula:
 
 @on_every_backend
 class TestAgainstFloat64:
+    # M and E of values that go through all, some and none of the last steps of the pseudo-inverse
+    @pytest.mark.parametrize("iterations", [0, 1, 2, 3, 6, 8])
+    @pytest.mark.parametrize(
+        ("num_landmarks", "value_dim"), [(40, 20), (60, 7), (64, 8), (131, 3), (131, 16), (131, 40)]
+    )
+    def test_numbers_of_values_and_of_steps(
+        self, backend: str, num_landmarks: int, value_dim: int, iterations: int
+    ) -> None:
+        sizes = {"queries": 400, "head_dim": 12, "value_dim": value_dim}
+        inputs = attention_inputs(1, 1, **sizes, device=device_of(backend))
+        options = {"num_landmarks": num_landmarks, "pinv_iterations": iterations}
+        eager = functools.partial(eager_nystrom_attention, **options)
+        exact = None if backend == "reference" else eager
+        assert_matches_reference(nystrom_attention, inputs, backend, eager=exact, **options)
+
     @in_every_dtype
     @pytest.mark.parametrize("tokens", [normal, smooth, large])
     def test_kinds_of_tokens(self, backend: str, dtype: torch.dtype, tokens) -> None:

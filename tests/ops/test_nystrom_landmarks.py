@@ -83,11 +83,26 @@ def test_an_op_works_out_the_blocks_or_is_told_them(
     for indices in ((index, index), tuple(None if alone else index for alone in laid_out)):
         leaves = [x.detach().requires_grad_() for x in inputs.values()]
         plan, epilogue = (None, None, *indices, *(None,) * 4), (None,) * 3
-        options = (grid, grid, counts, math.prod(counts), 0.3, 2, False, True, backend)
+        options = (grid, grid, counts, math.prod(counts), 0.3, 2, False, True, False, backend)
         output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *plan, *epilogue, *options)
         results.append([output, *saved, *torch.autograd.grad(output.square().sum(), leaves)])
     for value, expected in zip(*results, strict=True):
         assert relative_error(value, expected) < 2e-6
+
+
+@pytest.mark.skipif("cpu" not in backends_of("nystrom_attention"), reason="the cpu alone keeps iterates")
+@pytest.mark.parametrize("pinv_iterations", [0, 1, 4])
+@pytest.mark.parametrize(("count", "value_dim"), [(9, 5), (40, 12), (70, 8), (130, 20)])
+def test_a_backward_finds_the_iterates_or_makes_them_again(count: int, value_dim: int, pinv_iterations: int) -> None:
+    inputs = attention_inputs(queries=200, value_dim=value_dim)
+    results = []
+    for keep in (True, False):
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        options = ((200,), (200,), (count,), count, 0.3, pinv_iterations, False, True, keep, "cpu")
+        output, *saved = torch.ops.nystromgan.nystrom_attention(*leaves, *(None,) * 8, *(None,) * 3, *options)
+        assert (saved[-1].numel() > 0) == keep
+        results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
+    assert all(map(torch.equal, *results))
 
 
 @on_every_backend

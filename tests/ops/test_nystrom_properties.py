@@ -93,6 +93,20 @@ def test_long_sequences_give_the_same_bits_on_any_number_of_threads(backend: str
         assert_same(value, expected, backend)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize(("num_landmarks", "value_dim"), [(128, 8), (150, 40), (130, 60)])
+def test_matrices_that_threads_share_have_the_bits_of_those_they_do_not(
+    backend: str, batch: int, num_landmarks: int, value_dim: int
+) -> None:
+    """Of one or three pseudo-inverses two threads share each, of two each thread has its own."""
+    inputs = attention_inputs(batch, 1, queries=300, value_dim=value_dim, device=device_of(backend))
+    options = {"num_landmarks": num_landmarks, "backend": backend}
+    two = run(inputs, **options)
+    torch.set_num_threads(1)
+    for value, expected in zip(run(inputs, **options), two, strict=True):
+        assert_same(value, expected, backend)
+
+
 @in_every_dtype
 def test_what_is_written_past_the_cache_is_what_is_written_through_it(backend: str, dtype: torch.dtype) -> None:
     """As outputs and gradients from 16 MiB on are on the CPU; those of one row are smaller."""

@@ -50,7 +50,7 @@ def attention(
     elif not layout:
         index = grid_index((tokens,), (landmarks,), torch.device("meta"))
         plan = (None, None, index, index, *plan[4:])
-    options = (*grids, landmarks, 0.125, 6, False, True)
+    options = (*grids, landmarks, 0.125, 6, False, True, False)
     epilogue: tuple = (None, None, None)
     if finished:
         epilogue = (torch.empty(2, 33, dtype=dtype, device="meta"), torch.empty((), device="meta"), value)
@@ -141,7 +141,7 @@ def test_tiles_that_span_more_than_32_bits_count_are_wide(monkeypatch: pytest.Mo
     near = torch.empty(1, 1, 90, 64, device="meta")
     with recorded(monkeypatch) as launches:
         kernels.nystrom_attention(
-            near, far, near, *(None,) * 8, *(None,) * 3, (90,), (90,), (8,), 8, 0.125, 1, False, True
+            near, far, near, *(None,) * 8, *(None,) * 3, (90,), (90,), (8,), 8, 0.125, 1, False, True, False
         )
     options = dict(launches)
     assert options["block_mean_kernel"]["ACCESS"] == options["landmark_kernel"]["KEY_ACCESS"] == (1, True)

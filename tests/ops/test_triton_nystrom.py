@@ -246,7 +246,10 @@ else:
             index, number = grid_index(grid, counts, torch.device(DEVICE)), math.prod(counts)
             results = []
             for indices in ((index, index), (None, None)):
-                plan, options = (None, None, *indices, *(None,) * 4), (grid, grid, counts, number, 0.3, 1, False, True)
+                plan, options = (
+                    (None, None, *indices, *(None,) * 4),
+                    (grid, grid, counts, number, 0.3, 1, False, True, False),
+                )
                 output, *saved = kernels.nystrom_attention(*inputs.values(), *plan, *(None,) * 3, *options)
                 grads = kernels.nystrom_attention_backward(
                     output, *inputs.values(), *saved, *plan, *(None,) * 2, *options

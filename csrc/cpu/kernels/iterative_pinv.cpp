@@ -9,7 +9,7 @@ namespace {
 
 // [m, m] -> square [m, ld]
 void load_square(int64_t m, const float* src, float* dst) {
-  const int64_t ld = square_ld(m);
+  const int64_t ld = padded_ld(m);
   for (int64_t r = 0; r < m; ++r) {
     memcpy(dst + r * ld, src + r * m, m * sizeof(float));
     memset(dst + r * ld + m, 0, (ld - m) * sizeof(float));
@@ -17,7 +17,7 @@ void load_square(int64_t m, const float* src, float* dst) {
 }
 
 void store_square(int64_t m, const float* src, float* dst) {
-  for (int64_t r = 0; r < m; ++r) memcpy(dst + r * m, src + r * square_ld(m), m * sizeof(float));
+  for (int64_t r = 0; r < m; ++r) memcpy(dst + r * m, src + r * padded_ld(m), m * sizeof(float));
 }
 
 // |A|_1 and |A|_inf of every matrix, or with global_init the batch's largest, each with the matrix that attains it.
@@ -25,7 +25,7 @@ struct BatchNorms {
   explicit BatchNorms(const PinvForward& p) : columns(p.batch), rows(p.batch), global(p.global_init) {
     const int64_t m = p.size;
     parallel(p.run, p.batch, [&](int64_t begin, int64_t end) {
-      Scratch square(square_size(m)), line(square_ld(m));
+      Scratch square(square_size(m)), line(padded_ld(m));
       for (int64_t i = begin; i < end; ++i) {
         load_square(m, p.matrix + i * m * m, square);
         const Norms norm = norms(m, square, line);
@@ -48,11 +48,11 @@ struct BatchNorms {
 void forward(const PinvForward& p) {
   const int64_t m = p.size, size = square_size(m);
   const BatchNorms norm(p);
-  for_each_matrix(p.run, p.batch, m, [&](int64_t i, ParallelRun team) {
-    Scratch a(size), chain(8 * size), scratch(size);
+  for_each_matrix(p.run, p.threads, p.batch, m, [&](int64_t i, ParallelRun team) {
+    Scratch a(size), chain(8 * size);
     load_square(m, p.matrix + i * m * m, a);
     const float c = initial_scale(norm.column(i), norm.row(i));
-    store_square(m, pinv_chain(team, m, a, c, p.iterations, p.iterations, false, chain, scratch), p.inverse + i * m * m);
+    store_square(m, pinv_chain(team, m, a, c, p.iterations, p.iterations, false, chain), p.inverse + i * m * m);
   });
 }
 
@@ -62,21 +62,21 @@ void backward(const PinvBackward& p) {
   Scratch grad_scale(p.forward.batch);  // d c of every matrix
   auto add_norms = [&](int64_t i, const float* a, float grad_c, bool column, bool row, float* grad) {
     if (norm.column(i) * norm.row(i) == 0.0f) return;
-    Scratch line(square_ld(m));
+    Scratch line(padded_ld(m));
     const Norms own = norms(m, a, line);
     if (column) add_norm_gradient(m, a, grad_c * norm.row(i), own.column_index, true, grad);
     if (row) add_norm_gradient(m, a, grad_c * norm.column(i), own.row_index, false, grad);
   };
-  for_each_matrix(p.forward.run, p.forward.batch, m, [&](int64_t i, ParallelRun team) {
-    Scratch a(size), chain(4 * (steps + 1) * size), scratch(5 * size), grad_z(size), grad_a(size), grad(size);
+  for_each_matrix(p.forward.run, p.forward.threads, p.forward.batch, m, [&](int64_t i, ParallelRun team) {
+    Scratch a(size), chain((4 * steps + 1) * size), scratch(5 * size), grad_z(size), grad_a(size), grad(size);
     load_square(m, p.forward.matrix + i * m * m, a);
     load_square(m, p.grad_output + i * m * m, grad);
-    scaled_transpose(m, m, 1.0f, grad, square_ld(m), grad_z, square_ld(m));
+    scaled_transpose(m, m, 1.0f, grad, padded_ld(m), grad_z, padded_ld(m));
     memset(grad_a, 0, size * sizeof(float));
     const float c = initial_scale(norm.column(i), norm.row(i));
-    pinv_chain(team, m, a, c, steps, steps, true, chain, scratch);
+    pinv_chain(team, m, a, c, steps, steps, true, chain);
     grad_scale[i] = pinv_chain_backward(team, m, a, c, steps, steps, chain, grad_z, grad_a, scratch);
-    scaled_transpose(m, m, 1.0f, grad_a, square_ld(m), grad, square_ld(m));
+    scaled_transpose(m, m, 1.0f, grad_a, padded_ld(m), grad, padded_ld(m));
     if (!p.forward.global_init) add_norms(i, a, grad_scale[i], true, true, grad);
     store_square(m, grad, p.grad_matrix + i * m * m);
   });

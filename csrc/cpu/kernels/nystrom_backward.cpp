@@ -15,7 +15,7 @@ struct Backward {
   const NystromBackward& f;
   const NystromProblem& p = f.problem;
   int64_t m = p.landmarks, d = p.head_dim, e = p.value_dim, count = p.batch * p.heads;
-  int64_t ldm = round_up(m, kLanes), ldd = round_up(d, kLanes), lde = round_up(e, kLanes);
+  int64_t columns = round_up(m, kLanes), ldm = padded_ld(m), ldd = round_up(d, kLanes), lde = round_up(e, kLanes);
   int64_t padded_m = round_up(m, E::kRowPad), block = block_tokens<E>(m), padded_block = round_up(block, E::kRowPad);
   int64_t query_chunks = chunks_of(p.queries), key_chunks = chunks_of(p.keys);
   // Per chunk of queries dW [M, lde] and dK~ [M, ldd], per chunk of keys dQ~ [M, ldd].
@@ -84,11 +84,11 @@ struct Backward {
       store(delta, reduce_rows(count, 0.0f, [&](int64_t r) {
         ahead.step();
         Vec sum{};
-        for (int64_t c = 0; c < ldm; c += kLanes) sum += load(weight + r * ldm + c) * load(to + r * ldm + c);
+        for (int64_t c = 0; c < columns; c += kLanes) sum += load(weight + r * ldm + c) * load(to + r * ldm + c);
         return sum;
       }, add));
       for (int64_t r = 0; r < count; ++r)
-        for (int64_t c = 0; c < ldm; c += kLanes) {
+        for (int64_t c = 0; c < columns; c += kLanes) {
           const int64_t at = r * ldm + c;
           store(to + at, p.scale * load(weight + at) * (load(to + at) - delta[r]));
         }
@@ -123,22 +123,23 @@ struct Backward {
   // Through W = Z (G V): d(G V), and into grad_core [M, ld] the gradient of A but for its norms' part; returns d c.
   float core_backward(int64_t i, const CoreNorms& global, ParallelRun team, float* grad_core) const {
     const int64_t size = square_size(m), steps = p.pinv_iterations;
-    Scratch core(size), chain(4 * (steps + 1) * size), scratch(5 * size), grad_a(size);
-    make_core(p, i, core);
-    const Norms norm = global.of(norms(m, core, scratch));
-    const float c = initial_scale(norm.column, norm.row);
+    Scratch core(size), grad_a(size), line(padded_ld(m)), mixed(m * e);
+    Scratch own(p.iterates != nullptr ? 0 : PinvApply::memory_size(m, e, steps, true));
+    float* const memory = p.iterates != nullptr ? p.iterates + i * iterates_size(m, e, steps) : own.get();
+    make_core(p, i, team, core);
+    const Norms norm = global.of(norms(m, core, line));
     memset(grad_a, 0, size * sizeof(float));
-    const float grad_c = pinv_apply_backward(
-        team, m, core, c, steps, p.context + i * m * e, grad_mixed + i * m * e, e, grad_context + i * m * e, grad_a, chain,
-        scratch);
-    scaled_transpose(m, m, 1.0f, grad_a, square_ld(m), grad_core, square_ld(m));
+    PinvApply pinv(team, m, e, steps, core, initial_scale(norm.column, norm.row), true, memory);
+    if (p.iterates == nullptr) pinv.forward(p.context + i * m * e, mixed);
+    const float grad_c = pinv.backward(grad_mixed + i * m * e, grad_context + i * m * e, grad_a);
+    scaled_transpose(m, m, 1.0f, grad_a, padded_ld(m), grad_core, padded_ld(m));
     return grad_c;
   }
 
   // Adds grad_c to A's gradient through the norms that are i's own.
-  void add_norms(int64_t i, const CoreNorms& global, float grad_c, float* grad_core) const {
-    Scratch core(square_size(m)), line(square_ld(m));
-    make_core(p, i, core);
+  void add_norms(int64_t i, const CoreNorms& global, float grad_c, ParallelRun team, float* grad_core) const {
+    Scratch core(square_size(m)), line(padded_ld(m));
+    make_core(p, i, team, core);
     const Norms own = norms(m, core, line), norm = global.of(own);
     if (norm.column * norm.row == 0.0f) return;
     if (!global.global || i == global.column_matrix)
@@ -148,10 +149,10 @@ struct Backward {
   }
 
   // Through A = softmax(s Q~ K~^T): starts dQ~, adds to dK~.
-  void landmarks_backward(int64_t i, float* grad_core) const {
-    const int64_t ld = square_ld(m);
+  void landmarks_backward(int64_t i, ParallelRun team, float* grad_core) const {
+    const int64_t ld = padded_ld(m);
     Scratch core(square_size(m)), padded(m * ldd), result(m * ldd);
-    make_core(p, i, core);
+    make_core(p, i, team, core);
     for (int64_t r = 0; r < m; ++r) {
       float *weight = core + r * ld, *grad = grad_core + r * ld;
       Vec sum{};
@@ -160,10 +161,10 @@ struct Backward {
       for (int64_t c = 0; c < ld; c += kLanes) store(grad + c, p.scale * load(weight + c) * (load(grad + c) - delta));
     }
     pad_columns(m, d, p.key_means + i * m * d, padded);
-    product<false>(nullptr, m, ldd, m, {grad_core, ld, 1}, padded, ldd, result, ldd);
+    product<false>(team, m, ldd, m, {grad_core, ld, 1}, padded, ldd, result, ldd);
     for (int64_t r = 0; r < m; ++r) memcpy(f.grad_query_means + (i * m + r) * d, result + r * ldd, d * sizeof(float));
     pad_columns(m, d, p.query_means + i * m * d, padded);
-    product<false>(nullptr, m, ldd, m, {grad_core, 1, ld}, padded, ldd, result, ldd);
+    product<false>(team, m, ldd, m, {grad_core, 1, ld}, padded, ldd, result, ldd);
     for (int64_t r = 0; r < m; ++r) add_scaled(f.grad_key_means + (i * m + r) * d, result + r * ldd, 1.0f, d);
   }
 
@@ -171,7 +172,7 @@ struct Backward {
     const CoreNorms global(p);
     const int64_t size = square_size(m);
     Scratch grad_cores(count * size), grad_scale(count);
-    for_each_matrix(p.run, count, m, [&](int64_t i, ParallelRun team) {
+    for_each_matrix(p.run, p.threads, count, m, [&](int64_t i, ParallelRun team) {
       apply_gamma(i);
       grad_scale[i] = 0.0f;
       if (is_exact(p, i)) {
@@ -183,12 +184,10 @@ struct Backward {
     });
     float total = 0.0f;
     for (int64_t i = 0; i < count; ++i) total += grad_scale[i];
-    parallel(p.run, count, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (is_exact(p, i)) continue;
-        add_norms(i, global, global.global ? total : grad_scale[i], grad_cores + i * size);
-        landmarks_backward(i, grad_cores + i * size);
-      }
+    for_each_matrix(p.run, p.threads, count, m, [&](int64_t i, ParallelRun team) {
+      if (is_exact(p, i)) return;
+      add_norms(i, global, global.global ? total : grad_scale[i], team, grad_cores + i * size);
+      landmarks_backward(i, team, grad_cores + i * size);
     });
   }
 
@@ -200,7 +199,7 @@ struct Backward {
 
     typename E::Session session;
     float *scaled = w.take(m * d), *queries = w.take(E::right_split_size(d, m)), *contexts = w.take(E::right_split_size(e, m));
-    float *rows_e = w.take(E::right_split_size(m, e)), *rows_d = w.take(E::right_split_size(m, d)), *lse = w.take(ldm), *delta = w.take(ldm);
+    float *rows_e = w.take(E::right_split_size(m, e)), *rows_d = w.take(E::right_split_size(m, d)), *lse = w.take(columns), *delta = w.take(columns);
     float *left = w.take(E::left_size(block, max_dim()) + E::left_size(m, block)), *right = w.take(E::right_size(block, d));
     float *factor = w.take(padded_block * ldm), *grad = w.take(padded_block * ldm), *grad_value = w.take(padded_block * lde);
     float *grad_key = w.take(padded_block * ldd), *valid = w.take(mask ? block * max_dim() : 0);
@@ -214,7 +213,7 @@ struct Backward {
     const auto transposed = E::right_split(grad_rows, e, m, 1, e, contexts);                        // [E, M]
     const auto plain_grad = E::right_split(grad_rows, m, e, e, 1, rows_e);                          // [M, E]
     const auto plain_means = E::right_split(query_means, m, d, d, 1, rows_d);                       // [M, D]
-    for (int64_t c = 0; c < ldm; ++c) {
+    for (int64_t c = 0; c < columns; ++c) {
       lse[c] = c < m ? p.logsumexp[i * m + c] * kLog2E : kInfinity;
       delta[c] = 0.0f;
       for (int64_t k = 0; c < m && k < e; ++k)
@@ -270,7 +269,7 @@ struct Backward {
     for (int64_t n = 0; n < rows; ++n) {
       if (!mask[n]) continue;
       any = true;
-      for (int64_t c = 0; c < ldm; ++c) factor[n * ldm + c] = -kInfinity, grad[n * ldm + c] = 0.0f;
+      for (int64_t c = 0; c < columns; ++c) factor[n * ldm + c] = -kInfinity, grad[n * ldm + c] = 0.0f;
     }
     return any;
   }
@@ -289,7 +288,7 @@ struct Backward {
     for (int64_t n = 0; n < rows; ++n) {
       next_key.step();
       next_value.step();
-      for (int64_t c = 0; c < ldm; c += kLanes) {
+      for (int64_t c = 0; c < columns; c += kLanes) {
         const int64_t at = n * ldm + c;
         const Vec weight = exp2<T>(load(factor + at) - load(lse + c));
         store(factor + at, weight);

@@ -12,9 +12,9 @@ struct Forward {
   const NystromForward& f;
   const NystromProblem& p = f.problem;
   int64_t m = p.landmarks, d = p.head_dim, e = p.value_dim;
-  int64_t ldm = round_up(m, kLanes), lde = round_up(e, kLanes);
+  int64_t columns = round_up(m, kLanes), ldm = padded_ld(m), lde = round_up(e, kLanes);
   // Of each split: G V, its rows' maxima and sums and, where the keys are pooled, their sums by landmark [M, D].
-  int64_t sums_size = round_up(m, E::kRowPad) * lde, key_sums = sums_size + 2 * ldm;
+  int64_t sums_size = round_up(m, E::kRowPad) * lde, key_sums = sums_size + 2 * columns;
   int64_t split_size = key_sums + (f.pool_key ? m * d : 0);
   // The maxima and sums of all splits so far, [M] of each (b, h).
   Scratch all_tops{p.batch * p.heads * m}, all_totals{p.batch * p.heads * m};
@@ -25,8 +25,8 @@ struct Forward {
     const int64_t first = s * chunk, last = min(first + chunk, p.keys);
     const int64_t block = block_tokens<E>(m);
     const bool* mask = p.key_padding_mask ? p.key_padding_mask + b * p.keys : nullptr;
-    float *tops = sums + sums_size, *totals = tops + ldm;
-    for (int64_t c = 0; c < ldm; ++c) tops[c] = -kInfinity, totals[c] = 0.0f;
+    float *tops = sums + sums_size, *totals = tops + columns;
+    for (int64_t c = 0; c < columns; ++c) tops[c] = -kInfinity, totals[c] = 0.0f;
     memset(sums, 0, sums_size * sizeof(float));
     if (f.pool_key) memset(sums + key_sums, 0, m * d * sizeof(float));
 
@@ -71,7 +71,7 @@ struct Forward {
     for (int64_t n = 0; n < count; ++n) {
       if (!mask[n]) continue;
       any = true;
-      for (int64_t c = 0; c < ldm; ++c) logits[n * ldm + c] = -kInfinity;
+      for (int64_t c = 0; c < columns; ++c) logits[n * ldm + c] = -kInfinity;
     }
     return any;
   }
@@ -89,11 +89,11 @@ struct Forward {
       float* logits, int64_t count, float* sums, float* tops, float* totals, Prefetch<T> next_key,
       Prefetch<T> next_value) const {
     constexpr int64_t kPair = 2 * kLanes;
-    const int64_t pairs = (ldm + kPair - 1) / kPair, half = pairs / 2;
+    const int64_t pairs = (columns + kPair - 1) / kPair, half = pairs / 2;
     PrefetchLines<T> keys{next_key, (pairs - half) * count}, values{next_value, half * count};
     for (int64_t i = 0; i < pairs; ++i) {
       PrefetchLines<T>& ahead = i < half ? values : keys;
-      if ((i + 1) * kPair <= ldm) add_columns<2>(logits, i * kPair, count, sums, tops, totals, ahead);
+      if ((i + 1) * kPair <= columns) add_columns<2>(logits, i * kPair, count, sums, tops, totals, ahead);
       else add_columns<1>(logits, i * kPair, count, sums, tops, totals, ahead);
     }
   }
@@ -143,7 +143,7 @@ struct Forward {
       if (larger(own, top)) top = own;
       const float shift = top == -kInfinity ? 0.0f : top;
       const float kept = exp2(splat(before - shift))[0], factor = exp2(splat(own - shift))[0];
-      total = kept * total + factor * split[sums_size + ldm + r];
+      total = kept * total + factor * split[sums_size + columns + r];
       if (kept != 1.0f)
         for (int64_t c = 0; c < e; ++c) context[r * e + c] *= kept;
       add_scaled(context + r * e, split + r * lde, factor, e);
@@ -167,13 +167,15 @@ struct Forward {
   // mixed [M, E] = Z context
   void mix(int64_t i, const CoreNorms& global, ParallelRun team) const {
     if (is_exact(p, i)) return;  // pooled values already
-    const int64_t size = square_size(m);
-    Scratch core(size), chain(8 * size), scratch(pinv_apply_scratch(m, e));
-    make_core(p, i, core);
-    const Norms norm = global.of(norms(m, core, scratch));
-    pinv_apply(
-        team, m, core, initial_scale(norm.column, norm.row), p.pinv_iterations, p.context + i * m * e, e,
-        p.mixed + i * m * e, chain, scratch);
+    const int64_t steps = p.pinv_iterations;
+    const bool keep = p.iterates != nullptr;
+    Scratch core(square_size(m)), line(padded_ld(m)), own(keep ? 0 : PinvApply::memory_size(m, e, steps, false));
+    float* const memory = keep ? p.iterates + i * iterates_size(m, e, steps) : own.get();
+    if (keep) memset(memory, 0, iterates_size(m, e, steps) * sizeof(float));  // results of an op have no rubbish
+    make_core(p, i, team, core);
+    const Norms norm = global.of(norms(m, core, line));
+    PinvApply(team, m, e, steps, core, initial_scale(norm.column, norm.row), keep, memory)
+        .forward(p.context + i * m * e, p.mixed + i * m * e);
   }
 
   // The chunk of queries: O = gamma (F W + convolution) + residual.
@@ -184,7 +186,7 @@ struct Forward {
     const bool* mask = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
     typename E::Session session;
     float *scaled = w.take(m * d), *landmarks = w.take(E::right_split_size(d, m)), *mixed = w.take(E::right_split_size(m, e));
-    float *left = w.take(E::left_size(block, d) + E::left_size(block, m)), *logits = w.take(round_up(block, E::kRowPad) * ldm);
+    float *left = w.take(E::left_size(block, d) + E::left_size(block, m)), *logits = w.take(round_up(block, E::kRowPad) * columns);
     float *result = w.take(round_up(block, E::kRowPad) * lde), *inverse = w.take(block);
     const bool adds = p.taps > 0 || f.residual.data != nullptr;  // whether anything is added to F W
     float* added = w.take(adds ? (block + p.taps) * lde : 0);
@@ -201,12 +203,12 @@ struct Forward {
       const auto queries = E::left(row<T>(p.query, b, h, n), count, d, p.query.token, p.query.channel, left);
       // [queries, D] x [D, M]
       const Prefetch<T> next{row<T>(p.query, b, h, n + count), p.query.token, min(block, last - n - count), d};
-      multiply_ahead<E, T, false>(count, m, d, queries, keys, logits, ldm, next);
+      multiply_ahead<E, T, false>(count, m, d, queries, keys, logits, columns, next);
       PrefetchLines<T> ahead{next, count};
-      softmax_rows<T, false>(logits, count, m, ldm, mask, inverse, [&] {
+      softmax_rows<T, false>(logits, count, m, columns, mask, inverse, [&] {
         if constexpr (E::kRowPad > 1) ahead.step();
       });
-      const auto weights = E::left(as_const(logits), count, m, ldm, 1, left);
+      const auto weights = E::left(as_const(logits), count, m, columns, 1, left);
       // [queries, M] x [M, E]
       T* output = row<T>(f.output, b, h, n);
       float* to = in_place ? reinterpret_cast<float*>(output) : result;
@@ -253,7 +255,7 @@ struct Forward {
       });
     }
     const CoreNorms global(p);
-    for_each_matrix(p.run, count, m, [&](int64_t i, ParallelRun team) { mix(i, global, team); });
+    for_each_matrix(p.run, p.threads, count, m, [&](int64_t i, ParallelRun team) { mix(i, global, team); });
     for_each_chunk(p.run, count, chunks, [&](int64_t i, int64_t s, Workspace& w) { attend_landmarks(i, s, w); });
   }
 };

@@ -46,7 +46,7 @@ def iterative_pinv(matrix: Tensor, *, iterations: int = 6, init: str = "per_matr
     if matrix.dtype != torch.float64:
         matrix = matrix.float()
     chosen = _backend.choose(OP, backend, (matrix,), lambda name: _op_reasons(name, matrix.shape[-1]))
-    with torch.autocast(matrix.device.type, enabled=False):
+    with _library.without_autocast(matrix.device.type):
         if chosen == "reference":
             return reference.iterative_pinv(matrix, iterations, init == "global_max")
         return torch.ops.nystromgan.iterative_pinv(matrix, iterations, init == "global_max", chosen)

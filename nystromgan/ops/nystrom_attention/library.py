@@ -21,11 +21,15 @@ PLAN = (
 CONV_AND_GAMMA = "Tensor? conv_weight, Tensor? gamma"  # of an epilogue; the backward needs no residual
 LAYOUT = "SymInt[] query_grid, SymInt[] key_grid, SymInt[] landmark_grid"
 # token_major: outputs, of the backward too, are laid out as (B, H, N, E), else as (B, H, E, N).
-OPTIONS = "SymInt num_landmarks, float scale, int pinv_iterations, bool global_init, bool token_major"
-# What the backward needs beside the inputs, float32: landmarks (B, H, M, D), G V and Z (G V) (B, H, M, E), and the
-# logarithm of G's row sums (B, H, M).
-SAVED = "Tensor query_means, Tensor key_means, Tensor context, Tensor mixed, Tensor logsumexp"
-FORWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+# keep_iterates: the cpu's forward gives its backward what it made of A; others make it again.
+OPTIONS = (
+    "SymInt num_landmarks, float scale, int pinv_iterations, bool global_init, bool token_major, bool keep_iterates"
+)
+# What the backward needs beside the inputs, float32: landmarks (B, H, M, D), G V and Z (G V) (B, H, M, E), the
+# logarithm of G's row sums (B, H, M), and the iterates of the pseudo-inverse, `_iterates_shape`.
+SAVED = "Tensor query_means, Tensor key_means, Tensor context, Tensor mixed, Tensor logsumexp, Tensor iterates"
+NUM_SAVED = SAVED.count("Tensor")
+FORWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 BACKWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 FUSED_EPILOGUE = ("cpu", "triton")  # the backends that take an epilogue and write channel-first maps too
@@ -45,6 +49,7 @@ class Options(NamedTuple):
     pinv_iterations: int
     global_init: bool
     token_major: bool
+    keep_iterates: bool
     backend: str
 
     @property
@@ -77,7 +82,7 @@ def _forward(*arguments: Any) -> Outputs:
 
 
 def _backward(*arguments: Any) -> Outputs:
-    return _run(f"{OP}_backward", *_split(arguments, 9, 2))
+    return _run(f"{OP}_backward", *_split(arguments, 4 + NUM_SAVED, 2))
 
 
 def _laid_out(like: Tensor, shape: Sequence[int], token_major: bool) -> Tensor:
@@ -94,11 +99,27 @@ def _fake_forward(*arguments: Any) -> Outputs:
         _laid_out(query, (batch, heads, queries, value_dim), options.token_major),
         *(query.new_empty(*small, dim, dtype=torch.float32) for dim in (head_dim, head_dim, value_dim, value_dim)),
         query.new_empty(small, dtype=torch.float32),
+        query.new_empty(_iterates_shape(batch, heads, value_dim, options), dtype=torch.float32),
     )
 
 
+def _iterates_shape(batch: int, heads: int, value_dim: int, options: Options) -> tuple[int, ...]:
+    """Room for what the cpu's forward keeps; csrc/cpu/pinv_plan.h says the same."""
+    if not options.keep_iterates or options.backend != "cpu":
+        return (0,)
+    count, steps = options.num_landmarks, options.pinv_iterations
+    whole, powers, runs = max(steps - 1, 0), min(steps, 1), 1
+    if steps > 0 and 3 * value_dim < count:
+        powers = 2 if steps >= 4 and count >= 64 and 8 * value_dim <= count else 0
+        whole, runs = steps - 1 - powers, 4
+    squares = 4 * whole + 1 + max(2 * powers - 1, 0)
+    thin = runs * ((value_dim + 15) // 16 * 16)
+    row = squares * ((count + 31) // 16 * 16) + powers * (3 * thin + 16) + 2 * (thin + 16)
+    return batch, heads, count * row
+
+
 def _fake_backward(*arguments: Any) -> Outputs:
-    tensors, plan, (conv_weight, gamma), options = _split(arguments, 9, 2)
+    tensors, plan, (conv_weight, gamma), options = _split(arguments, 4 + NUM_SAVED, 2)
     query_means = tensors[4]
 
     def new(present: bool, shape: Sequence[int]) -> Tensor:
@@ -135,7 +156,7 @@ def _differentiate_forward(ctx, grad_output, *_):
     if grad_output is None:
         return (None,) * (3 + NUM_PLAN + 3) + rest
     saved = ctx.saved_tensors  # once: under torch.utils.checkpoint a second look raises
-    (conv_weight, gamma), plan = saved[-2:], Plan(*saved[8:-2])
+    (conv_weight, gamma), plan = saved[-2:], Plan(*saved[3 + NUM_SAVED : -2])
     grads = torch.ops.nystromgan.nystrom_attention_backward(grad_output, *saved, *ctx.options)
     differentiated = (
         plan.query_landmarks if _is_given(plan, "query") else None,
@@ -162,7 +183,7 @@ def _is_given(plan: Plan, side: str) -> bool:
 
 
 def _save_backward(ctx, inputs, output):
-    tensors, plan, epilogue, ctx.options = _split(inputs, 9, 2)
+    tensors, plan, epilogue, ctx.options = _split(inputs, 4 + NUM_SAVED, 2)
     ctx.save_for_backward(*tensors[:4], *plan, *epilogue)
     ctx.set_materialize_grads(False)
 
@@ -187,7 +208,7 @@ def _differentiate_backward(ctx, *grad_grads):
 
     inputs = [query, key, value, *given, conv_weight, gamma]
     second, firsts = _library.vjp_of_vjp(definition, inputs, grad_output, grad_grads)
-    saved, masks = (None,) * 5, (None,) * (NUM_PLAN - 2)
+    saved, masks = (None,) * NUM_SAVED, (None,) * (NUM_PLAN - 2)
     return (second, *firsts[:3], *saved, *firsts[3:5], *masks, *firsts[5:], *(None,) * len(options))
 
 

@@ -110,7 +110,7 @@ def nystrom_attention(
         (query, key, value),
         lambda name: _op_reasons(name, query, value, query_landmarks, num_landmarks),
     )
-    with torch.autocast(query.device.type, enabled=False):
+    with _library.without_autocast(query.device.type):
         epilogue = Epilogue(
             conv_weight,
             None if gamma is None else gamma.reshape(()),
@@ -151,7 +151,7 @@ def _op_reasons(
 
 
 def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    for name, tensor in (("key", key), ("value", value)):
         _check.same(name, tensor, "query", query, "device", "dtype")
         _check.size(name, tensor, 0, query.shape[0], "query's batch")
         _check.size(name, tensor, 1, query.shape[1], "query's heads")
@@ -268,6 +268,19 @@ def _is_token_major(value: Tensor) -> bool:
     return value.stride(2) != 1 or value.stride(3) == 1
 
 
+def _repays_keeping(query: Tensor, value: Tensor, landmarks: int, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a backward is to find the iterates of the pseudo-inverse: where they take some of its time to make again.
+
+    To make them takes about 25 M^2 / (14 N (D + E)) of a training step's other products, and to keep them, 4 a step,
+    10 M^2 / (N (D + E)) of its memory. With 64 landmarks of 16384 tokens of 64 channels that is 0.4 and 2%.
+    """
+    if torch.compiler.is_compiling():  # where a comparison of sizes would tie the graph to them
+        repays = landmarks >= 256
+    else:
+        repays = 64 * landmarks**2 >= query.shape[2] * (query.shape[3] + value.shape[3])
+    return repays and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def _attend_exactly(
     query: Tensor,
     key: Tensor,
@@ -306,7 +319,9 @@ def _attend(
         attended = reference.nystrom_attention(query, key, value, plan, count, scale, pinv_iterations, global_init)
         return finished(attended, value, plan.key_padding_mask, epilogue)
     fused = backend in library.FUSED_EPILOGUE
-    options = (*grids, count, scale, pinv_iterations, global_init, not fused or _is_token_major(value), backend)
     within = epilogue if fused else Epilogue()
+    keep_iterates = backend == "cpu" and _repays_keeping(query, value, count, (query, key, value, *plan, *within))
+    token_major = not fused or _is_token_major(value)
+    options = (*grids, count, scale, pinv_iterations, global_init, token_major, keep_iterates, backend)
     output = torch.ops.nystromgan.nystrom_attention(query, key, value, *plan, *within, *options)[0]
     return output if fused else finished(output, value, plan.key_padding_mask, epilogue)

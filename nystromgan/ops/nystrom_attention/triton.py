@@ -75,8 +75,9 @@ def nystrom_attention(
     pinv_iterations: int,
     global_init: bool,
     token_major: bool,
+    keep_iterates: bool,
 ) -> Outputs:
-    """(output, query_means, key_means, context, mixed, logsumexp); see the schema of the op."""
+    """(output, query_means, key_means, context, mixed, logsumexp, iterates); see the schema of the op."""
     plan = Plan(
         query_landmarks, key_landmarks, query_index, key_index, key_padding_mask,
         query_landmark_mask, key_landmark_mask, exact_rows,
@@ -107,7 +108,7 @@ def nystrom_attention(
             LANDMARK_STAGES=1 if sizes.widest > 128 else tiles["num_stages"],
             BLOCK_K=tuning.CONVOLVED[sizes.dtype.itemsize], **tiles,
         )  # fmt: skip
-    return output, query_means, key_means, context, mixed, logsumexp
+    return output, query_means, key_means, context, mixed, logsumexp, query_means.new_empty(0)
 
 
 def _core_options(sizes: call.Sizes, iterations: int, global_init: bool) -> tuple[dict[str, object], int]:
@@ -195,6 +196,7 @@ def nystrom_attention_backward(
     context: Tensor,
     mixed: Tensor,
     logsumexp: Tensor,
+    iterates: Tensor,
     query_landmarks: Tensor | None,
     key_landmarks: Tensor | None,
     query_index: Tensor | None,
@@ -213,6 +215,7 @@ def nystrom_attention_backward(
     pinv_iterations: int,
     global_init: bool,
     token_major: bool,
+    keep_iterates: bool,
 ) -> Outputs:
     """Gradients of query, key, value, of the landmarks where the caller gave them, of conv_weight and of gamma.
 

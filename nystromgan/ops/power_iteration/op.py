@@ -44,7 +44,7 @@ def power_iteration(
     chosen, weights, u, v = _checked(weights, u, v, iterations, eps, backend)
     if not weights:
         return torch.empty(0)
-    with torch.autocast(weights[0].device.type, enabled=False):
+    with _library.without_autocast(weights[0].device.type):
         if chosen == "reference":
             return reference.power_iteration(weights, u, v, iterations, eps)
         sigma, uv = _run(weights, u, v, iterations, eps, chosen)
@@ -68,7 +68,7 @@ def spectral_normalize(
     chosen, weights, u, v = _checked(weights, u, v, iterations, eps, backend)
     if not weights:
         return []
-    with torch.autocast(weights[0].device.type, enabled=False):
+    with _library.without_autocast(weights[0].device.type):
         if chosen == "reference":
             sigma = reference.power_iteration(weights, u, v, iterations, eps)
             return [(weight / sigma[i]).to(weight.dtype).contiguous() for i, weight in enumerate(weights)]

@@ -56,7 +56,7 @@ def spatiotemporal_attention(
     residual = None if residual is None else residual.to(query.dtype)
     widest = max(query.shape[1], value.shape[1]) // num_heads
     chosen = _backend.choose(OP, backend, (query, key, value), lambda name: _op_reasons(name, widest))
-    with torch.autocast(query.device.type, enabled=False):
+    with _library.without_autocast(query.device.type):
         output = _attend(
             _split_heads(query, num_heads),
             _split_heads(key, num_heads),
