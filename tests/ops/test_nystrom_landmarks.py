@@ -92,7 +92,7 @@ def test_an_op_works_out_the_blocks_or_is_told_them(
 
 @pytest.mark.skipif("cpu" not in backends_of("nystrom_attention"), reason="the cpu alone keeps iterates")
 @pytest.mark.parametrize("pinv_iterations", [0, 1, 4])
-@pytest.mark.parametrize(("count", "value_dim"), [(9, 5), (40, 12), (70, 8), (130, 20)])
+@pytest.mark.parametrize(("count", "value_dim"), [(9, 5), (40, 12), (70, 8), (130, 16)])
 def test_a_backward_finds_the_iterates_or_makes_them_again(count: int, value_dim: int, pinv_iterations: int) -> None:
     inputs = attention_inputs(queries=200, value_dim=value_dim)
     results = []

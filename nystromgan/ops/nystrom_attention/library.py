@@ -108,9 +108,9 @@ def _iterates_shape(batch: int, heads: int, value_dim: int, options: Options) ->
     if not options.keep_iterates or options.backend != "cpu":
         return (0,)
     count, steps = options.num_landmarks, options.pinv_iterations
-    whole, powers, runs = max(steps - 1, 0), min(steps, 1), 1
+    whole, powers, runs = steps, 0, 1
     if steps > 0 and 3 * value_dim < count:
-        powers = 2 if steps >= 4 and count >= 64 and 8 * value_dim <= count else 0
+        powers = 2 if steps >= 4 and count >= 96 and 8 * value_dim <= count else 0
         whole, runs = steps - 1 - powers, 4
     squares = 4 * whole + 1 + max(2 * powers - 1, 0)
     thin = runs * ((value_dim + 15) // 16 * 16)
