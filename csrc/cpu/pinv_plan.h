@@ -3,6 +3,9 @@
 
 #include <stdint.h>
 
+// Kernels of every instruction set use these: inlined, so that the linker finds no copy of one for another.
+#define NYSTROMGAN_SHARED inline __attribute__((always_inline))
+
 namespace nystromgan {
 
 // Which of the pseudo-inverse's steps are made how.
@@ -10,9 +13,13 @@ struct PinvPlan {
   int64_t whole;   // steps of Z
   int64_t powers;  // X after them that are made and applied
   bool through_a;  // whether the last is applied as A Z
-  int64_t runs() const { return through_a ? 4 : 1; }                           // how often Z is applied
-  int64_t power_squares() const { return powers > 0 ? 2 * powers - 1 : 0; }    // X and, of all but the last, X^2
-  int64_t kept_squares() const { return 4 * whole + 1 + power_squares(); }     // and each step's four, and Z
+
+  // How often Z is applied.
+  NYSTROMGAN_SHARED int64_t runs() const { return through_a ? 4 : 1; }
+  // X and, of all but the last, X^2.
+  NYSTROMGAN_SHARED int64_t power_squares() const { return powers > 0 ? 2 * powers - 1 : 0; }
+  // These, each step's four, and Z.
+  NYSTROMGAN_SHARED int64_t kept_squares() const { return 4 * whole + 1 + power_squares(); }
 };
 
 // Columns of Y in m below which it goes through A Z, and through two X more: products of squares saved against
@@ -27,7 +34,7 @@ constexpr int64_t kLeastSteps = 4;
 constexpr int64_t kSymmetricSize = 96;
 
 // Of Y [m, e] and `steps` steps; `_iterates_shape` in nystromgan/ops/nystrom_attention/library.py says the same.
-inline PinvPlan pinv_plan(int64_t m, int64_t e, int64_t steps) {
+NYSTROMGAN_SHARED PinvPlan pinv_plan(int64_t m, int64_t e, int64_t steps) {
   if (steps == 0 || kThinRatio * e >= m) return {steps, 0, false};
   const bool takes_powers = steps >= kLeastSteps && m >= kSymmetricSize && kVeryThinRatio * e <= m;
   const int64_t powers = takes_powers ? 2 : 0;
@@ -35,7 +42,7 @@ inline PinvPlan pinv_plan(int64_t m, int64_t e, int64_t steps) {
 }
 
 // Floats, in whole cache lines, that hold what PinvApply keeps on any instruction set.
-inline int64_t iterates_size(int64_t m, int64_t e, int64_t steps) {
+NYSTROMGAN_SHARED int64_t iterates_size(int64_t m, int64_t e, int64_t steps) {
   const PinvPlan plan = pinv_plan(m, e, steps);
   const int64_t thin = plan.runs() * ((e + 15) / 16 * 16);
   return m * (plan.kept_squares() * ((m + 31) / 16 * 16) + plan.powers * (3 * thin + 16) + 2 * (thin + 16));
