@@ -102,7 +102,7 @@ NYSTROMGAN_INLINE int32_t reduce_min(IntVec x) {
 #endif
 }
 
-// 2^x, exactly 1 at 0, to 1.2e-7 relative, or to 3e-6 where it becomes a T of half precision; 0 below 2^-126, or below
+// 2^x, exactly 1 at 0, to 2e-7 relative, or to 3e-6 where it becomes a T of half precision; 0 below 2^-126, or below
 // 2^-126.5 where there is no AVX-512; NaN stays NaN. x at most 127.
 template <class T = float>
 NYSTROMGAN_INLINE Vec exp2(Vec x) {
@@ -117,9 +117,9 @@ NYSTROMGAN_INLINE Vec exp2(Vec x) {
   const Vec f = x - n, square = f * f;
   Vec p;
   if constexpr (sizeof(T) == sizeof(float)) {
-    const Vec low = f * 0.6931471824645996f + 1.0f;
-    const Vec middle = f * 0.055503323674201965f + 0.24022647738456726f;
-    const Vec high = square * 0.0001535337360110134f + (f * 0.0013398873852565885f + 0.00961843691766262f);
+    const Vec low = f * 0.6931470036506653f + 1.0f;
+    const Vec middle = f * 0.05550733581185341f + 0.24022242426872253f;
+    const Vec high = f * 0.001326472731307149f + 0.009671512991189957f;
     p = (high * square + middle) * square + low;
   } else {
     const Vec low = f * 0.6931241750717163f + 1.0f;
