@@ -161,15 +161,14 @@ class PinvApply {
 
   void make_powers() const {
     if (plan_.powers == 0) return;
-    const bool symmetric = m_ >= kSymmetricSize;
     Scratch factor(size_);
-    square_product(team_, m_, a_, z(), symmetric, x(0), [](int64_t, int64_t) {});
+    square_product(team_, m_, a_, z(), true, x(0), [](int64_t, int64_t) {});
     for (int64_t i = 0; i + 1 < plan_.powers; ++i) {
-      square_product(team_, m_, x(i), x(i), symmetric, squared(i), [&](int64_t first, int64_t rows) {
+      square_product(team_, m_, x(i), x(i), true, squared(i), [&](int64_t first, int64_t rows) {
         for (int64_t r = first; r < first + rows; ++r) next_factor(i, r, factor);
       });
-      if (symmetric) mirror(team_, m_, factor);
-      square_product(team_, m_, squared(i), factor, symmetric, x(i + 1), [&](int64_t first, int64_t rows) {
+      mirror(team_, m_, factor);
+      square_product(team_, m_, squared(i), factor, true, x(i + 1), [&](int64_t first, int64_t rows) {
         for (int64_t c = first * ld_; c < (first + rows) * ld_; c += kLanes)
           store(x(i + 1) + c, 3.25f * load(x(i) + c) + 0.25f * load(x(i + 1) + c));
       });

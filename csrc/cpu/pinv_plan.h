@@ -22,8 +22,8 @@ struct PinvPlan {
   NYSTROMGAN_SHARED int64_t kept_squares() const { return 4 * whole + 1 + power_squares(); }
 };
 
-// Columns of Y in m below which it goes through A Z, and through two X more: products of squares saved against
-// products with Y. A third X would save as much again and have 1.7 times the error where A has no null space.
+// Y with fewer columns than m over the first goes through A Z, over the second through two X more: products of squares saved
+// against products with Y. A third X would save as much again and have 1.7 times the error where A has no null space.
 constexpr int64_t kThinRatio = 3, kVeryThinRatio = 8;
 
 // Of fewer steps no powers are taken: gradients would be off by 2e-6 where 0.5e-6 are to be had.

@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from nystromgan import nystrom_attention
-from nystromgan.ops.nystrom_attention.landmarks import grid_index, landmark_grid, near_cubic_counts
+from nystromgan.ops.nystrom_attention.landmarks import (
+    grid_index,
+    landmark_grid,
+    masked_landmarks,
+    near_cubic_counts,
+)
 from nystromgan.testing import assert_same, attention_inputs, backends_of, device_of, normal, relative_error
 from nystromgan.zoo.data import hela
 
@@ -103,6 +108,19 @@ def test_a_backward_finds_the_iterates_or_makes_them_again(count: int, value_dim
         assert (saved[-1].numel() > 0) == keep
         results.append([output, *torch.autograd.grad(output.square().sum(), leaves)])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.skipif("cpu" not in backends_of("nystrom_attention"), reason="the cpu alone keeps iterates")
+def test_the_iterates_of_a_row_without_a_pseudo_inverse_are_zero() -> None:
+    """Its landmarks are its own tokens; what it keeps must not be what lay in memory."""
+    mask = torch.zeros(2, 40, dtype=torch.bool)
+    mask[1, 5:] = True
+    index, absent, exact = masked_landmarks(mask, (40,), (9,))
+    plan, options = (None, None, index, index, mask, absent, absent, exact), ((), (), (), 9, 0.3, 2, False, True, True)
+    inputs = attention_inputs(2, 1, queries=40)
+    *_, iterates = torch.ops.nystromgan.nystrom_attention(*inputs.values(), *plan, *(None,) * 3, *options, "cpu")
+    assert iterates[0].any()
+    assert not iterates[1].any()
 
 
 @on_every_backend

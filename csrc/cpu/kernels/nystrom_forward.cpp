@@ -166,12 +166,12 @@ struct Forward {
 
   // mixed [M, E] = Z context
   void mix(int64_t i, const CoreNorms& global, ParallelRun team) const {
-    if (is_exact(p, i)) return;  // pooled values already
-    const int64_t steps = p.pinv_iterations;
+    const int64_t steps = p.pinv_iterations, kept = iterates_size(m, e, steps);
     const bool keep = p.iterates != nullptr;
+    if (keep) memset(p.iterates + i * kept, 0, kept * sizeof(float));  // results of an op have no rubbish
+    if (is_exact(p, i)) return;                                        // pooled values already
     Scratch core(square_size(m)), line(padded_ld(m)), own(keep ? 0 : PinvApply::memory_size(m, e, steps, false));
-    float* const memory = keep ? p.iterates + i * iterates_size(m, e, steps) : own.get();
-    if (keep) memset(memory, 0, iterates_size(m, e, steps) * sizeof(float));  // results of an op have no rubbish
+    float* const memory = keep ? p.iterates + i * kept : own.get();
     make_core(p, i, team, core);
     const Norms norm = global.of(norms(m, core, line));
     PinvApply(team, m, e, steps, core, initial_scale(norm.column, norm.row), keep, memory)
