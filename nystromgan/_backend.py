@@ -55,6 +55,8 @@ def _input_reasons(backend: str, tensors: Sequence[Tensor]) -> list[str]:
     wanted = "cuda" if backend in ("cuda", "triton") else backend
     reasons = []
     for tensor in tensors:
+        if (tensor.is_cpu if wanted == "cpu" else tensor.is_cuda) and tensor.dtype in NATIVE_DTYPES:
+            continue
         on_cpu_interpreter = backend == "triton" and _env.triton_interpret() and tensor.device.type == "cpu"
         if tensor.device.type != wanted and not on_cpu_interpreter:
             reasons.append(f"needs tensors on {wanted}, got one on {tensor.device}")

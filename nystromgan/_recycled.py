@@ -10,6 +10,7 @@ pseudo-inverse for its backward.
 import math
 import os
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -31,12 +32,12 @@ def empty_like(weight: Tensor) -> Tensor:
     Its memory is new, or that of an earlier one whose last tensor or view is gone.
     """
     size = weight.numel() * weight.element_size()
-    if weight.device.type != "cpu" or size < LEAST_KEPT:
+    if not weight.is_cpu or size < LEAST_KEPT:
         return weight.new_empty(weight.shape)
     owner = weight if weight._base is None else weight._base
     with _lock:
         storages: list[UntypedStorage] = _kept.setdefault(owner, [])
-        tensor = _empty(weight, list(weight.shape), storages, size)
+        tensor = _empty(weight, weight.shape, storages, size)
         del storages[:-MOST_KEPT]
     return tensor
 
@@ -63,7 +64,7 @@ def _from_pool(like: Tensor, shape: list[int]) -> Tensor:
     return tensor
 
 
-def _empty(like: Tensor, shape: list[int], storages: list[UntypedStorage], size: int) -> Tensor:
+def _empty(like: Tensor, shape: Sequence[int], storages: list[UntypedStorage], size: int) -> Tensor:
     """An empty tensor on one of the storages of `size` bytes that nothing else holds, or on a new one, put last."""
     for i, storage in enumerate(storages):
         if storage.nbytes() == size and _is_free(storage):

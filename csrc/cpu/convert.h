@@ -164,6 +164,11 @@ NYSTROMGAN_INLINE void stream(float* p, Vec x) {
 }
 
 template <class T>
+NYSTROMGAN_INLINE void stream(T* p, Vec x) {
+  store(p, x);  // half a vector is no whole line
+}
+
+template <class T>
 NYSTROMGAN_INLINE bool is_aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (kLanes * sizeof(float)) == 0;
 }

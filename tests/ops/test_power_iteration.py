@@ -121,12 +121,25 @@ class TestProperties:
     @on_native_backends
     def test_bits_do_not_depend_on_threads(self, backend: str) -> None:
         results = []
-        for threads in (1, 2):
+        for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             weights, u, v = problem(device=device_of(backend))
             sigma = power_iteration(weights, u, v, iterations=2, backend=backend)
-            results.append([sigma, *u, *v, *spectral_normalize(weights, u, v, backend=backend)])
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            results.append([sigma, *u, *v, *spectral_normalize(weights, u, v, iterations=3, backend=backend), *u, *v])
+        assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result, strict=True))
+
+    @on_native_backends
+    @pytest.mark.parametrize("iterations", [0, 1, 3])
+    def test_a_step_and_the_division_at_once_or_in_turn(self, backend: str, iterations: int) -> None:
+        weights, u, v = problem(device=device_of(backend))
+        others = copies(u), copies(v)
+        together = spectral_normalize(weights, u, v, iterations=iterations, backend=backend)
+        power_iteration(weights, *others, iterations=iterations, backend=backend)
+        in_turn = spectral_normalize(weights, *others, iterations=0, backend=backend)
+        for one, other in zip(u + v, others[0] + others[1], strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(together, in_turn, strict=True):
+            assert relative_error(one, other) < 1e-6  # of sigma: as |W^T u|, or as u^T W v
 
     @on_every_backend
     def test_a_zero_matrix_gives_zero_and_finite_vectors(self, backend: str) -> None:
@@ -413,6 +426,8 @@ class TestTorch:
         torch.library.opcheck(ops.power_iteration_.default, (copies(weights), u, v, 2, 1e-12, backend))
         torch.library.opcheck(ops.singular_value.default, (leaves, sigma, uv))
         torch.library.opcheck(ops.spectral_normalize.default, (leaves, sigma, uv, backend))
+        if backend == "cpu":
+            torch.library.opcheck(ops.spectral_step.default, (leaves, u, v, 2, 1e-12))
         matrices = copies(weights)
         torch.library.opcheck(
             ops.spectral_normalize_backward.default, (matrices, copies(weights), matrices, sigma, uv, backend)

@@ -3,6 +3,8 @@
 // reads W from memory once.
 #include "power_iteration.h"
 
+#include <sched.h>
+
 #include "convert.h"
 
 namespace nystromgan::NYSTROMGAN_ISA {
@@ -10,13 +12,38 @@ namespace {
 
 constexpr int kGroup = 4;   // rows that share each load of v, and of the running sum
 constexpr int kSlab = 16;   // rows gathered to fp32 at a time: a cache line of a transposed matrix
+constexpr int kSpins = 1000;  // of some 40 cycles: a block takes longer, a thread's time slice far longer
 
-// Calls body(i) for every i < count; whichever thread is free takes the next i, so unequal tasks balance.
-template <class Body>
-void for_each(ParallelRun run, int64_t count, Body body) {
+NYSTROMGAN_INLINE void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Until `stage` stages of a weight are finished. The threads that are at them hold tasks taken before, so they get there.
+void wait_for(const Progress& progress, int64_t stage) {
+  for (int spins = 0; __atomic_load_n(&progress.finished, __ATOMIC_ACQUIRE) < stage; ++spins)
+    if (spins >= kSpins) sched_yield();  // there may be fewer cores than threads
+    else pause();
+}
+
+// Calls work(block, stage) for every task; whichever thread is free takes the next, so unequal ones balance. The thread
+// that is the last of a weight at a stage calls finish(weight, stage), before any of the next stage starts.
+template <class Work, class Finish>
+void run_tasks(const Schedule& schedule, Work work, Finish finish) {
   int64_t next = 0;
-  parallel(run, count, [&](int64_t, int64_t) {
-    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) body(i);
+  parallel(schedule.run, schedule.num_tasks, [&](int64_t, int64_t) {
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < schedule.num_tasks;) {
+      const Task& task = schedule.tasks[i];
+      const RowBlock& block = schedule.blocks[task.block];
+      Progress& progress = schedule.progress[block.weight];
+      wait_for(progress, task.stage);
+      work(block, task.stage);
+      if (__atomic_add_fetch(&progress.arrived, 1, __ATOMIC_ACQ_REL) < progress.num_blocks) continue;
+      finish(block.weight, task.stage);
+      progress.arrived = 0;
+      __atomic_store_n(&progress.finished, task.stage + 1, __ATOMIC_RELEASE);
+    }
   });
 }
 
@@ -180,14 +207,7 @@ void store_vectors(const Weight& weight, const PowerState& state) {
   store_vector(state.v, state.v_buffer, weight.cols);
 }
 
-// Past the cache, as the outputs of a network's weights exceed it: 56 MB of weights take 3.7 ms with plain stores instead
-// of 2.1 (2 cores; 6.6 and 5.6 with a read of the outputs after it). The atomic step of for_each, after every block,
-// orders these stores before what other threads do next. p is aligned.
-template <class T>
-NYSTROMGAN_INLINE void stream(T* p, Vec x) {
-  store(p, x);
-}
-
+// Past the cache, as the outputs of a network's weights exceed it. output is aligned.
 template <class T>
 void scale_row(const T* w, T* output, int64_t cols, float factor) {
   int64_t c = 0;
@@ -270,64 +290,57 @@ void project_block(
 }  // namespace
 
 void power_iteration(const PowerIteration& call) {
-  const auto for_each_block = [&](auto body) {
-    for_each(call.run, call.num_blocks, [&](int64_t i) {
-      const RowBlock& block = call.blocks[i];
-      const Weight& weight = call.weights[block.weight];
-      with_type(weight.dtype, [&](auto type) { body(type, weight, call.states[block.weight], block); });
+  for (int64_t i = 0; i < call.num_weights; ++i) load_vectors(call.weights[i], call.states[i]);
+  const int64_t last = call.iterations > 0 ? call.iterations : 1;  // the stage of W / sigma
+  const auto work = [&](const RowBlock& block, int64_t stage) {
+    const Weight& weight = call.weights[block.weight];
+    const PowerState& state = call.states[block.weight];
+    with_type(weight.dtype, [&](auto type) {
+      using T = decltype(type);
+      if (stage == last) scale_block<T>(weight, block, static_cast<T*>(call.outputs[block.weight]), 1 / *state.sigma);
+      else if (call.iterations > 0) iterate_block<T>(weight, state, block);
+      else evaluate_block<T>(weight, state, block);
     });
   };
-  for (int64_t i = 0; i < call.num_weights; ++i) load_vectors(call.weights[i], call.states[i]);
-  for (int64_t step = 0; step < call.iterations; ++step) {
-    for_each_block([](auto type, const Weight& weight, const PowerState& state, const RowBlock& block) {
-      iterate_block<decltype(type)>(weight, state, block);
-    });
-    for_each(call.run, call.num_weights, [&](int64_t i) { finish_step(call.weights[i], call.states[i], call.eps); });
-  }
-  if (call.iterations > 0) {
-    for (int64_t i = 0; i < call.num_weights; ++i) store_vectors(call.weights[i], call.states[i]);
-  } else {
-    for_each_block([](auto type, const Weight& weight, const PowerState& state, const RowBlock& block) {
-      evaluate_block<decltype(type)>(weight, state, block);
-    });
-    for (int64_t i = 0; i < call.num_weights; ++i) sum_sigma(call.states[i]);
-  }
+  run_tasks(call.schedule, work, [&](int64_t i, int64_t stage) {
+    if (stage == last) return;
+    if (call.iterations > 0) finish_step(call.weights[i], call.states[i], call.eps);
+    else sum_sigma(call.states[i]);
+  });
+  if (call.iterations == 0 || !call.stores_vectors) return;
+  for (int64_t i = 0; i < call.num_weights; ++i) store_vectors(call.weights[i], call.states[i]);
 }
 
 void spectral_normalize(const SpectralNormalize& call) {
-  for_each(call.run, call.num_blocks, [&](int64_t i) {
-    const RowBlock& block = call.blocks[i];
+  const auto work = [&](const RowBlock& block, int64_t) {
     const Weight& weight = call.weights[block.weight];
     with_type(weight.dtype, [&](auto type) {
       using T = decltype(type);
-      scale_block<T>(weight, block, static_cast<T*>(call.outputs[block.weight]), 1.0f / call.sigma[block.weight]);
+      scale_block<T>(weight, block, static_cast<T*>(call.outputs[block.weight]), 1 / call.sigma[block.weight]);
     });
-  });
+  };
+  run_tasks(call.schedule, work, [](int64_t, int64_t) {});
 }
 
 void spectral_normalize_backward(const SpectralNormalizeBackward& call) {
-  for_each(call.run, call.num_blocks, [&](int64_t i) {
-    const RowBlock& block = call.blocks[i];
-    const Weight& grad = call.grad_outputs[block.weight];
-    with_type(grad.dtype, [&](auto type) {
-      using T = decltype(type);
-      call.products[i] = multiply_block<T>(grad, block, static_cast<const T*>(call.outputs[block.weight]));
-    });
-  });
-  double along = 0;
-  for (int64_t i = 0; i < call.num_blocks; ++i) {
-    const int64_t weight = call.blocks[i].weight;
-    along = (call.blocks[i].index == 0 ? 0 : along) + call.products[i];
-    call.alongs[weight] = static_cast<float>(along);
-  }
-  for_each(call.run, call.num_blocks, [&](int64_t i) {
-    const RowBlock& block = call.blocks[i];
+  const auto work = [&](const RowBlock& block, int64_t stage) {
     const int64_t w = block.weight;
+    double* products = call.products[w];
     with_type(call.grad_outputs[w].dtype, [&](auto type) {
       using T = decltype(type);
-      T* to = static_cast<T*>(call.grad_weights[w]);
-      project_block<T>(call.grad_outputs[w], block, call.u[w], call.v[w], 1.0f / call.sigma[w], call.alongs[w], to);
+      if (stage == 0) {
+        products[block.index] = multiply_block<T>(call.grad_outputs[w], block, static_cast<const T*>(call.outputs[w]));
+      } else {
+        T* to = static_cast<T*>(call.grad_weights[w]);
+        const float along = static_cast<float>(products[0]);
+        project_block<T>(call.grad_outputs[w], block, call.u[w], call.v[w], 1 / call.sigma[w], along, to);
+      }
     });
+  };
+  run_tasks(call.schedule, work, [&](int64_t w, int64_t stage) {
+    if (stage > 0) return;
+    double* products = call.products[w];
+    for (int64_t b = 1; b < call.schedule.progress[w].num_blocks; ++b) products[0] += products[b];
   });
 }
 
