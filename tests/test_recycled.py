@@ -13,8 +13,8 @@ from nystromgan import _recycled
 from nystromgan.testing import relative_error
 
 pytestmark = pytest.mark.skipif(bool(nystromgan.available_backends()["cpu"]), reason="needs the native CPU library")
-TOKENS = 2**16
-SIZE = TOKENS * 64 * 4  # bytes of 64 channels of float32: 16 MiB, from which memory is kept
+TOKENS = 2**12
+SIZE = TOKENS * 64 * 4  # bytes of 64 channels of float32: 1 MiB, from which memory is kept
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +107,14 @@ def test_what_is_kept_is_limited_and_given_back(tokens: Tensor, monkeypatch: pyt
     _attend(tokens[:, :, 1:])
     kept = len(_recycled._pool)
     assert kept == 0  # below the size from which it pays
+
+
+def test_of_many_sizes_the_latest_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_recycled, "MOST_POOLED", 4)
+    for extra in range(6):
+        _attend(torch.randn(1, 1, TOKENS + extra, 64))
+    sizes = [storage.nbytes() for storage in _recycled._pool]
+    assert sizes == [SIZE + 256 * extra for extra in range(2, 6)]
 
 
 def test_threads_share_it() -> None:

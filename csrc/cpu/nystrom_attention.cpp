@@ -146,8 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const Saved saved{
       means_of(query, query_landmarks, num_landmarks), means_of(key, key_landmarks, num_landmarks),
       empty(query, small, ScalarType::Float), empty(query, small, ScalarType::Float),
-      // 2 MiB (4 matrices of 64) from the heap, which returns them to the system, took 0.06 of a training step
-      logsumexp, empty_recycled(logsumexp, keep_iterates ? kept : std::vector<int64_t>{0}, int64_t{1} << 20)};
+      logsumexp, empty_recycled(logsumexp, keep_iterates ? kept : std::vector<int64_t>{0})};
   const Epilogue epilogue(conv_weight, gamma);
   const Tensor output = empty_tokens(query, query.size(2), value_dim, token_major);
   if (batch * heads > 0)

@@ -57,12 +57,13 @@ class Options(NamedTuple):
         return Layout(*self[:3])
 
 
-def _run(name: str, tensors: Sequence[Tensor], plan: Plan, epilogue: Sequence[Any], options: Options) -> Outputs:
+def _run(name: str, arguments: Sequence[Any], tensors: int, epilogue: int) -> Outputs:
     """Calls `name` on its backend; they work out blocks of up to three axes, grids of more go by an index."""
-    if len(options.query_grid) > MOST_AXES:
-        plan = indexed(plan, options.layout, tensors[0].device)
-        options = options._replace(query_grid=[], key_grid=[], landmark_grid=[])
-    return _library.kernel(OP, name, options.backend)(*tensors, *plan, *epilogue, *options[:-1])
+    if len(arguments[tensors + NUM_PLAN + epilogue]) > MOST_AXES:
+        first, plan, last, options = _split(arguments, tensors, epilogue)
+        plan = indexed(plan, options.layout, first[0].device)
+        arguments = (*first, *plan, *last, *options._replace(query_grid=[], key_grid=[], landmark_grid=[]))
+    return _library.kernel(OP, name, arguments[-1])(*arguments[:-1])
 
 
 def _split(arguments: Sequence[Any], tensors: int, epilogue: int) -> tuple[Sequence[Any], Plan, Sequence[Any], Options]:
@@ -78,11 +79,11 @@ def _split(arguments: Sequence[Any], tensors: int, epilogue: int) -> tuple[Seque
 
 
 def _forward(*arguments: Any) -> Outputs:
-    return _run(OP, *_split(arguments, 3, 3))
+    return _run(OP, arguments, 3, 3)
 
 
 def _backward(*arguments: Any) -> Outputs:
-    return _run(f"{OP}_backward", *_split(arguments, 4 + NUM_SAVED, 2))
+    return _run(f"{OP}_backward", arguments, 4 + NUM_SAVED, 2)
 
 
 def _laid_out(like: Tensor, shape: Sequence[int], token_major: bool) -> Tensor:

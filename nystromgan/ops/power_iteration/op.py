@@ -321,7 +321,7 @@ def _save_spectral_step(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _differentiate_spectral_step(ctx: Any, grad_outputs: list[Tensor], *_: Tensor) -> tuple:
-    grads, *_ = _differentiate_spectral_normalize(ctx, grad_outputs)
+    grads = _differentiate_spectral_normalize(ctx, grad_outputs)[0]
     constants = [None] * len(grads)
     return grads, constants, constants, None, None
 
