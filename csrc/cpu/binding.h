@@ -21,6 +21,22 @@ inline Tensor empty_recycled(const Tensor& like, const std::vector<int64_t>& sha
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// Each token's block of a grid, row-major; the first size mod count blocks of an axis are longer.
+inline void index_grid(const std::vector<int64_t>& grid, const std::vector<int64_t>& counts, int32_t* blocks) {
+  int64_t filled = 1;
+  blocks[0] = 0;
+  for (size_t axis = 0; axis < grid.size(); ++axis) {
+    const int64_t size = grid[axis], count = counts[axis], length = size / count, longer = size % count;
+    std::vector<int32_t> block;  // of each position of the axis
+    for (int64_t i = 0; i < count; ++i) block.insert(block.end(), length + (i < longer), static_cast<int32_t>(i));
+    for (int64_t i = filled - 1; i >= 0; --i) {  // from the end, so that it happens in place
+      const int32_t before = blocks[i] * static_cast<int32_t>(count);
+      for (int64_t j = 0; j < size; ++j) blocks[i * size + j] = before + block[j];
+    }
+    filled *= size;
+  }
+}
+
 // A scalar tensor of any floating-point dtype.
 inline float read_scalar(const Tensor& tensor) {
   const void* data = tensor.const_data_ptr();

@@ -274,6 +274,15 @@ inline void scale_to_base_2(const float* means, int64_t size, float scale, float
   for (int64_t i = 0; i < size; ++i) dst[i] = means[i] * (scale * kLog2E);
 }
 
+// The mask [M] of a batch row's landmarks, null where it masks none: asking it for every landmark of every token took an eighth
+// of a forward.
+inline const bool* masked_columns(const bool* mask, int64_t b, int64_t m) {
+  return mask != nullptr && memchr(mask + b * m, true, m) != nullptr ? mask + b * m : nullptr;
+}
+
+// Whether a mask leaves none of `count` tokens, as in most blocks of padding: they take no part and need no products.
+inline bool masks_all(const bool* mask, int64_t count) { return mask != nullptr && memchr(mask, false, count) == nullptr; }
+
 // -inf for the columns of a row from m on, and for those masked.
 inline void exclude_columns(float* x, int64_t m, int64_t padded, const bool* mask) {
   for (int64_t i = m; i < padded; ++i) x[i] = -kInfinity;
@@ -337,7 +346,7 @@ inline void make_core(const NystromProblem& p, int64_t i, ParallelRun team, floa
   Scratch keys(m * d), packed(d * ld);
   scale_to_base_2(p.key_means + i * m * d, m * d, p.scale, keys);
   scaled_transpose(m, d, 1.0f, keys, d, packed, ld);  // [D, M]
-  const bool* absent = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
+  const bool* absent = masked_columns(p.key_landmark_mask, b, m);
   shared(team, (m + kLanes - 1) / kLanes, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kLanes, last = min(end * kLanes, m);
     float* const rows = core + first * ld;

@@ -23,23 +23,11 @@ Tokens tokens_of(const Tensor& x) {
 
 float* floats(const Tensor& x) { return static_cast<float*>(const_cast<void*>(x.const_data_ptr())); }
 
-// (1, 1, tokens) int32: each token's block of a grid, row-major; the first size mod count blocks of an axis are longer.
+// (1, 1, tokens) int32: each token's block of a grid.
 Tensor grid_index(const Tensor& tokens, const Sizes& grid, const Sizes& counts) {
   check_grid(tokens, grid, counts);
   const Tensor index = empty(tokens, {1, 1, tokens.size(2)}, ScalarType::Int);
-  int32_t* blocks = static_cast<int32_t*>(index.mutable_data_ptr());
-  int64_t filled = 1;
-  blocks[0] = 0;
-  for (size_t axis = 0; axis < grid.size(); ++axis) {
-    const int64_t size = grid[axis], count = counts[axis], length = size / count, longer = size % count;
-    std::vector<int32_t> block;  // of each position of the axis
-    for (int64_t i = 0; i < count; ++i) block.insert(block.end(), length + (i < longer), static_cast<int32_t>(i));
-    for (int64_t i = filled - 1; i >= 0; --i) {  // from the end, so that it happens in place
-      const int32_t before = blocks[i] * static_cast<int32_t>(count);
-      for (int64_t j = 0; j < size; ++j) blocks[i * size + j] = before + block[j];
-    }
-    filled *= size;
-  }
+  index_grid(grid, counts, static_cast<int32_t*>(index.mutable_data_ptr()));
   return index;
 }
 

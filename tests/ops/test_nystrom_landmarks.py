@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nystromgan import nystrom_attention
+from nystromgan.ops.nystrom_attention import library
 from nystromgan.ops.nystrom_attention.landmarks import (
     grid_index,
     landmark_grid,
@@ -121,6 +122,72 @@ def test_the_iterates_of_a_row_without_a_pseudo_inverse_are_zero() -> None:
     *_, iterates = torch.ops.nystromgan.nystrom_attention(*inputs.values(), *plan, *(None,) * 3, *options, "cpu")
     assert iterates[0].any()
     assert not iterates[1].any()
+
+
+def masks(tokens: int) -> Tensor:
+    """Padding at the end, at the beginning, anywhere, everywhere and nowhere."""
+    mask = normal(5, tokens, seed=3) > 0.5
+    mask[0] = torch.arange(tokens) >= tokens // 3
+    mask[1] = torch.arange(tokens) < tokens // 2
+    mask[3], mask[4] = True, False
+    return mask
+
+
+@pytest.mark.skipif("cpu" not in backends_of("nystrom_attention"), reason="of the native library")
+class TestMasked:
+    """The index that the native library makes of a mask."""
+
+    @pytest.mark.parametrize(
+        ("grid", "counts"),
+        [
+            ((61,), (7,)),
+            ((61,), (1,)),
+            ((30,), (29,)),
+            ((7, 9), (3, 4)),
+            ((4, 3, 5), (2, 3, 1)),
+            ((2, 3, 3, 4), (2, 1, 3, 2)),
+        ],
+    )
+    def test_it_is_that_of_torchs_operations(self, grid: tuple[int, ...], counts: tuple[int, ...]) -> None:
+        for mask in (masks(math.prod(grid)), masks(2 * math.prod(grid))[:, ::2]):
+            expected = masked_landmarks(mask, grid, counts)
+            for ours, theirs in zip(library.masked(mask, grid, counts, "cpu"), expected, strict=True):
+                assert (ours is None) == (theirs is None)
+                if theirs is not None:
+                    assert ours.dtype == theirs.dtype
+                    assert torch.equal(ours, theirs)
+
+    def test_opcheck(self) -> None:
+        torch.library.opcheck(torch.ops.nystromgan.masked_landmarks.default, (masks(30), [5, 6], [2, 3]))
+
+
+@on_every_backend
+def test_long_padding_is_left_out(backend: str) -> None:
+    """Whole blocks of padding, whatever is in them: the definition's answer and gradients, and none for them."""
+    if backend == "triton":
+        pytest.skip("takes minutes under the interpreter")
+    mask = masks(700)[:3].to(device_of(backend))
+    inputs = attention_inputs(3, 2, queries=700, value_dim=5, device=device_of(backend))
+    padded = mask[:, None, :, None]
+    filled = {name: x if name == "query" else x.masked_fill(padded, torch.nan) for name, x in inputs.items()}
+    filled["query"] = inputs["query"].masked_fill(padded, 0)
+    weight, direction = normal(2, 5, seed=8, device=device_of(backend)), normal(3, 2, 700, 5, device=device_of(backend))
+    results = []
+    for chosen, tensors in (("reference", {name: x.double() for name, x in filled.items()}), (backend, filled)):
+        leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+        output = nystrom_attention(
+            **leaves,
+            num_landmarks=9,
+            key_padding_mask=mask,
+            conv_weight=weight.to(leaves["value"].dtype),
+            backend=chosen,
+        )
+        grads = torch.autograd.grad((output * direction.to(output.dtype)).sum(), list(leaves.values()))
+        results.append((output, *grads))
+    for ours, expected in zip(results[1], results[0], strict=True):
+        assert relative_error(ours, expected) < 1e-5
+    for grad in results[1][2:]:
+        assert not grad.masked_select(padded).any()
 
 
 @on_every_backend

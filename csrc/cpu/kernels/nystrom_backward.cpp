@@ -29,7 +29,7 @@ struct Backward {
   void query_chunk(int64_t i, int64_t s, float* grad_w, Workspace& w) const {
     const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.queries);
     const int64_t first = s * chunk, last = min(first + chunk, p.queries);
-    const bool* absent = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
+    const bool* absent = masked_columns(p.key_landmark_mask, b, m);
     float* grad_landmarks = grad_w + padded_m * lde;
     memset(grad_w, 0, query_size * sizeof(float));
 
@@ -225,34 +225,39 @@ struct Backward {
       const int64_t rows = min(block, last - n);
       const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
       const Tokens &k = p.key, &v = p.value;
-      E::template multiply<false>(rows, m, d, E::left(key, rows, d, k.token, k.channel, left), landmarks, factor, ldm);
-      E::template multiply<false>(rows, m, e, E::left(value, rows, e, v.token, v.channel, left), transposed, grad, ldm);
-      const bool masked = mask != nullptr && zero_masked(factor, grad, mask + n, rows);
-      const int64_t next = min(block, last - n - rows);
-      PrefetchLines<T> next_key{{key + block * k.token, k.token, next, d}, rows};
-      PrefetchLines<T> next_value{{value + block * v.token, v.token, next, e}, rows};
-      softmax_columns_backward(factor, grad, rows, lse, delta, next_key, next_value);
-      // [keys, M] x [M, E or D]
-      E::template multiply<false>(
-          rows, e, m, E::left(as_const(factor), rows, m, ldm, 1, left), plain_grad, grad_value, lde);
-      E::template multiply<false>(
-          rows, d, m, E::left(as_const(grad), rows, m, ldm, 1, left), plain_means, grad_key, ldd);
-      // [M, keys] x [keys, D]
-      const auto weights = E::left(as_const(grad), m, rows, 1, ldm, left);
-      if (masked) {
-        const auto keys = E::right(valid_keys(key, mask + n, rows, valid), rows, d, d, 1, right);
-        E::template multiply<true>(m, d, rows, weights, keys, grad_landmarks, ldd);
+      if (masks_all(mask ? mask + n : nullptr, rows)) {
+        memset(grad_key, 0, rows * ldd * sizeof(float));
+        memset(grad_value, 0, rows * lde * sizeof(float));
       } else {
-        const auto keys = E::right(key, rows, d, k.token, k.channel, right);
-        E::template multiply<true>(m, d, rows, weights, keys, grad_landmarks, ldd);
-      }
-      if (p.taps > 0) {
-        const Rows near = rows_of<T>(
-            f.grad_output, b, h, n - p.taps / 2, rows + p.taps - 1, p.queries, e, nullptr, window);
-        band.add(rows, e, near.data, near.ld, grad_value, lde);
-        for (int64_t r = 0; masked && r < rows; ++r)
-          if (mask[n + r]) memset(grad_value + r * lde, 0, lde * sizeof(float));
-        add_tap_products(rows, e, p.taps, rows_of<T>(v, b, h, n, rows, p.keys, e, mask, values), near, grad_taps);
+        E::template multiply<false>(rows, m, d, E::left(key, rows, d, k.token, k.channel, left), landmarks, factor, ldm);
+        E::template multiply<false>(rows, m, e, E::left(value, rows, e, v.token, v.channel, left), transposed, grad, ldm);
+        const bool masked = mask != nullptr && zero_masked(factor, grad, mask + n, rows);
+        const int64_t next = min(block, last - n - rows);
+        PrefetchLines<T> next_key{{key + block * k.token, k.token, next, d}, rows};
+        PrefetchLines<T> next_value{{value + block * v.token, v.token, next, e}, rows};
+        softmax_columns_backward(factor, grad, rows, lse, delta, next_key, next_value);
+        // [keys, M] x [M, E or D]
+        E::template multiply<false>(
+            rows, e, m, E::left(as_const(factor), rows, m, ldm, 1, left), plain_grad, grad_value, lde);
+        E::template multiply<false>(
+            rows, d, m, E::left(as_const(grad), rows, m, ldm, 1, left), plain_means, grad_key, ldd);
+        // [M, keys] x [keys, D]
+        const auto weights = E::left(as_const(grad), m, rows, 1, ldm, left);
+        if (masked) {
+          const auto keys = E::right(valid_keys(key, mask + n, rows, valid), rows, d, d, 1, right);
+          E::template multiply<true>(m, d, rows, weights, keys, grad_landmarks, ldd);
+        } else {
+          const auto keys = E::right(key, rows, d, k.token, k.channel, right);
+          E::template multiply<true>(m, d, rows, weights, keys, grad_landmarks, ldd);
+        }
+        if (p.taps > 0) {
+          const Rows near = rows_of<T>(
+              f.grad_output, b, h, n - p.taps / 2, rows + p.taps - 1, p.queries, e, nullptr, window);
+          band.add(rows, e, near.data, near.ld, grad_value, lde);
+          for (int64_t r = 0; masked && r < rows; ++r)
+            if (mask[n + r]) memset(grad_value + r * lde, 0, lde * sizeof(float));
+          add_tap_products(rows, e, p.taps, rows_of<T>(v, b, h, n, rows, p.keys, e, mask, values), near, grad_taps);
+        }
       }
       if (inverse != nullptr) spread(i, n, rows, f.grad_key_means + i * m * d, inverse->of(b, h), grad_key, ldd, d);
       if (is_exact(p, i)) spread(i, n, rows, grad_mixed + i * m * e, inverse->of(b, h), grad_value, lde, e);

@@ -39,6 +39,7 @@ struct Forward {
       const int64_t count = min(block, last - n);
       const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
       const int64_t next = min(block, last - n - count);
+      if (masks_all(mask ? mask + n : nullptr, count)) continue;
       // [keys, D] x [D, M]
       const auto keys = E::left(key, count, d, p.key.token, p.key.channel, left);
       multiply_ahead<E, T, false>(
@@ -183,7 +184,7 @@ struct Forward {
     const int64_t b = i / p.heads, h = i % p.heads, chunk = chunk_tokens(p.queries);
     const int64_t first = s * chunk, last = min(first + chunk, p.queries);
     const int64_t block = block_tokens<E>(m);
-    const bool* mask = p.key_landmark_mask ? p.key_landmark_mask + b * m : nullptr;
+    const bool* mask = masked_columns(p.key_landmark_mask, b, m);
     typename E::Session session;
     float *scaled = w.take(m * d), *landmarks = w.take(E::right_split_size(d, m)), *mixed = w.take(E::right_split_size(m, e));
     float *left = w.take(E::left_size(block, d) + E::left_size(block, m)), *logits = w.take(round_up(block, E::kRowPad) * columns);

@@ -1,5 +1,6 @@
 """The torch.library ops under `nystrom_attention` and `cluster_landmarks`: schemas, fake kernels, derivatives."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from nystromgan import _library
 from nystromgan.ops.nystrom_attention import reference
 from nystromgan.ops.nystrom_attention.epilogue import Epilogue, finished
-from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan, indexed
+from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan, indexed, masked_landmarks
 
 OP = "nystrom_attention"
 
@@ -240,3 +241,30 @@ _library.define_native(f"cluster_landmarks_native({CLUSTER.format(int='int')}) -
 def cluster(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     """`reference.cluster_landmarks` on `backend`."""
     return lambda *arguments: torch.ops.nystromgan.cluster_landmarks(*arguments, backend)
+
+
+MASKED = "Tensor padding_mask, {int}[] grid, {int}[] counts"
+
+
+def _fake_masked(padding_mask, grid, counts):
+    batch, tokens = padding_mask.shape
+    index = padding_mask.new_empty(batch, 1, tokens, dtype=torch.int32)
+    return index, padding_mask.new_empty(batch, math.prod(counts)), padding_mask.new_empty(batch)
+
+
+_library.define(
+    f"masked_landmarks({MASKED.format(int='SymInt')}) -> (Tensor, Tensor, Tensor)",
+    lambda *arguments: torch.ops.nystromgan.masked_landmarks_native(*arguments),
+    _fake_masked,
+)
+_library.define_native(f"masked_landmarks_native({MASKED.format(int='int')}) -> (Tensor, Tensor, Tensor)")
+
+
+def masked(
+    padding_mask: Tensor | None, grid: Sequence[int], counts: Sequence[int], backend: str
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`masked_landmarks` on `backend`: on the CPU a pass over each row, for a dozen of torch's operations over all."""
+    if padding_mask is None or backend != "cpu":
+        return masked_landmarks(padding_mask, grid, counts)
+    index, absent, exact_rows = torch.ops.nystromgan.masked_landmarks(padding_mask, grid, counts)
+    return index, absent, exact_rows if len(grid) == 1 else None

@@ -15,7 +15,6 @@ from nystromgan.ops.nystrom_attention.landmarks import (
     Plan,
     indexed,
     landmark_grid,
-    masked_landmarks,
 )
 from nystromgan.ops.spatiotemporal_attention.op import attention, check_epilogue
 
@@ -124,7 +123,7 @@ def nystrom_attention(
             plan, layout = Plan(query_landmarks, key_landmarks, key_padding_mask=key_padding_mask), None
         else:
             layout = _layout(query.shape[2], key.shape[2], num_landmarks, grid)
-            plan = _pooled_plan(query_padding_mask, key_padding_mask, layout)
+            plan = _pooled_plan(query_padding_mask, key_padding_mask, layout, chosen)
         if layout is not None and math.prod(layout.landmark_grid) >= min(query.shape[2], key.shape[2]):
             return _attend_exactly(query, key, value, key_padding_mask, epilogue, scale, chosen)
         if cluster_iterations:
@@ -233,12 +232,13 @@ def _grid_pair(grid: Sequence[int] | Sequence[Sequence[int]]) -> tuple[tuple[int
     return tuple(query_grid), tuple(key_grid)  # type: ignore[arg-type]
 
 
-def _pooled_plan(query_mask: Tensor | None, key_mask: Tensor | None, layout: Layout) -> Plan:
-    key_index, key_landmark_mask, exact_rows = masked_landmarks(key_mask, layout.key_grid, layout.landmark_grid)
+def _pooled_plan(query_mask: Tensor | None, key_mask: Tensor | None, layout: Layout, backend: str) -> Plan:
+    counts = layout.landmark_grid
+    key_index, key_landmark_mask, exact_rows = library.masked(key_mask, layout.key_grid, counts, backend)
     if query_mask is key_mask:
         query_index, query_landmark_mask = key_index, key_landmark_mask
     else:
-        query_index, query_landmark_mask, _ = masked_landmarks(query_mask, layout.query_grid, layout.landmark_grid)
+        query_index, query_landmark_mask, _ = library.masked(query_mask, layout.query_grid, counts, backend)
     return Plan(
         query_index=query_index,
         key_index=key_index,

@@ -1,0 +1,2 @@
+// The emulation stands in for the CPU's library, whose masks need no kernel.
+#include "../../cpu/masked_landmarks.cpp"
