@@ -1,5 +1,7 @@
 """Inputs of the benchmark: on the CPU those of `testing`, elsewhere drawn where they are used, which is far faster."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,13 @@ def tokens(
         name: normal(batch, heads, count, width, dtype=dtype, device=device, seed=3 * seed + i)
         for i, (name, width) in enumerate(widths.items())
     }
+
+
+@functools.cache
+def padding(batch: int, count: int, device: torch.device) -> Tensor:
+    """(B, N) bool, True = ignore: of the first row the second half, of the next ones less and less of their end."""
+    valid = count // 2 + torch.arange(batch, device=device) * count // (2 * batch)
+    return torch.arange(count, device=device) >= valid[:, None]
 
 
 def maps(

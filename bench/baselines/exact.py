@@ -35,6 +35,15 @@ def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Ten
         return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
+def masked(padding: Callable[[Tensor], Tensor]) -> Form:
+    """Torch's fused attention, whichever takes a boolean mask, under a mask (B, N) of the query, True = ignore."""
+
+    def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=~padding(query)[:, None, None])
+
+    return form
+
+
 def padded(query: Tensor, key: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Query and key with zeros up to `width` channels."""
     missing = width - query.shape[-1]

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nystromgan.ops.nystrom_attention.landmarks import masked_segments
+
 Form = Callable[..., Tensor]
 
 
@@ -52,6 +54,23 @@ def two_sdpa(num_landmarks: int) -> Form:
         query_landmarks, key_landmarks = (segment_means(x, num_landmarks) for x in (query, key))
         core = (scale * query_landmarks.float() @ key_landmarks.float().mT).softmax(-1)
         summary = F.scaled_dot_product_attention(query_landmarks, key, value, scale=scale)  # G V
+        mixed = (pinv(core) @ summary.float()).to(value.dtype)
+        return F.scaled_dot_product_attention(query, key_landmarks, mixed, scale=scale)
+
+    return form
+
+
+def two_sdpa_padded(num_landmarks: int, padding: Callable[[Tensor], Tensor]) -> Form:
+    """`two_sdpa` under a mask (B, N) of the query, True = ignore: means over valid tokens by a product, G masked."""
+
+    def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        scale, padding_mask = query.shape[-1] ** -0.5, padding(query)
+        index, _, _ = masked_segments(padding_mask, num_landmarks)
+        members = F.one_hot(index.long() + 1, num_landmarks + 1)[..., 1:].mT.to(query.dtype)  # (B, 1, M, N)
+        query_landmarks, key_landmarks = (members @ x / members.sum(-1, keepdim=True) for x in (query, key))
+        core = (scale * query_landmarks.float() @ key_landmarks.float().mT).softmax(-1)
+        valid = ~padding_mask[:, None, None]
+        summary = F.scaled_dot_product_attention(query_landmarks, key, value, attn_mask=valid, scale=scale)  # G V
         mixed = (pinv(core) @ summary.float()).to(value.dtype)
         return F.scaled_dot_product_attention(query, key_landmarks, mixed, scale=scale)
 

@@ -44,6 +44,7 @@ def cases(device: str) -> list[Case]:
     if device == "cuda":  # the sizes that FlashNystrom's authors give for an H100
         found.append(landmark_case("flashnystrom", (4, 16, 131072, 128, 128, 64), "bf16", device))
     found += [make(16384, dtype, device) for make in (clustered_case, convolved_case) for dtype in ("fp32", "bf16")]
+    found += [padded_case(4, 4096, dtype, device) for dtype in ("fp32", "bf16")]
     return found + [video_case((8, 32, 32), dtype, device) for dtype in ("fp32", "bf16")]
 
 
@@ -177,6 +178,30 @@ def convolved_case(tokens: int, dtype: str, device: str) -> Case:
          if form in FASTEST},
         {mode: flop + taps * (1 if mode == FORWARD else 3) for mode, flop in flops.items()}, moved,
         {**shape, "N": 128}, testing.TOLERANCES[DTYPES[dtype]], heads=True,
+    )  # fmt: skip
+
+
+def padded_case(batch: int, tokens: int, dtype: str, device: str) -> Case:
+    """Rows of unequal lengths under a padding mask, which costs something or, as padding needs no products, less."""
+    shape = {"B": batch, "H": 8, "N": tokens, "D": 64, "E": 64, "M": 64}
+    flops, moved = work(shape, dtype, device)
+    plain = ours(num_landmarks=64)
+
+    def padding(query: Tensor) -> Tensor:
+        return draw.padding(query.shape[0], query.shape[2], query.device)
+
+    def form(backend: str) -> Form:
+        return lambda query, key, value: plain(backend)(query, key, value, key_padding_mask=padding(query))
+
+    full = exact.masked(padding)
+    return Case(
+        OP, "padded", shape, dtype, tokens_of(dtype), form,
+        {
+            "nystromgan, no mask": Peer(lambda: plain("auto"), plain("reference")),
+            "two SDPA calls, masked": Peer(lambda: landmark.two_sdpa_padded(64, padding)),
+            f"{FULL}, masked": Peer(lambda: full, full, flops=4.0 * batch * 8 * tokens**2 * 64),
+        },
+        flops, moved, {**shape, "N": 128}, testing.TOLERANCES[DTYPES[dtype]], heads=True,
     )  # fmt: skip
 
 
