@@ -48,6 +48,9 @@ def compile_case(architecture: int, case: Case) -> list[Any]:
         plan = (None, None, index, index, mask, absent, absent, exact)
     options = ((tokens,), (tokens,), (landmarks,), landmarks, 0.125, 6, False, not taps, False)
     with compiled_for(architecture) as compiled:
+        if masked:
+            kernels.masked_landmarks(mask, (tokens,), (landmarks,))
+            kernels.masked_landmarks(mask[:, : tokens // 2 * 2], (tokens // 2, 2), (landmarks, 1))
         output, *saved = kernels.nystrom_attention(query, key, value, *plan, *epilogue, *options)
         kernels.nystrom_attention_backward(output, query, key, value, *saved, *plan, *epilogue[:2], *options)
         kernels.cluster_landmarks(key, index, None, None, landmarks, 1)

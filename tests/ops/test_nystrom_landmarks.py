@@ -158,7 +158,7 @@ class TestMasked:
                     assert torch.equal(ours, theirs)
 
     def test_opcheck(self) -> None:
-        torch.library.opcheck(torch.ops.nystromgan.masked_landmarks.default, (masks(30), [5, 6], [2, 3]))
+        torch.library.opcheck(torch.ops.nystromgan.masked_landmarks.default, (masks(30), [5, 6], [2, 3], "cpu"))
 
 
 @on_every_backend

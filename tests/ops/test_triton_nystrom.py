@@ -258,6 +258,24 @@ else:
             for value, expected in zip(*results, strict=True):
                 assert relative_error(value, expected) < 2e-6
 
+    class TestMasked:
+        @pytest.mark.parametrize(
+            ("grid", "counts"), [((60,), (7,)), ((60,), (60,)), ((5, 12), (3, 5)), ((3, 4, 5), (2, 3, 2))], ids=str
+        )
+        def test_an_index_is_that_of_torchs_operations(self, grid: tuple[int, ...], counts: tuple[int, ...]) -> None:
+            mask = padding_mask([60, 59, 31, 7, 3, 0], 60, scattered=True, device=DEVICE)
+            *ours, exact = kernels.masked_landmarks(mask, grid, counts)
+            *expected, expected_exact = masked_landmarks(mask, grid, counts)
+            assert all(map(torch.equal, ours, expected))
+            assert not exact.any() if expected_exact is None else torch.equal(exact, expected_exact)
+
+        def test_more_tokens_than_a_turn(self) -> None:
+            mask = (normal(2, 5000) > 0.3).to(DEVICE)
+            for ours, expected in zip(
+                kernels.masked_landmarks(mask, (5000,), (70,)), masked_landmarks(mask, (5000,), (70,)), strict=True
+            ):
+                assert torch.equal(ours, expected)
+
     class TestClusterLandmarks:
         @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
         @pytest.mark.parametrize(("tokens", "count"), [(90, 8), (150, 70), (300, 130)])

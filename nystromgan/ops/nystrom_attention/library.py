@@ -34,6 +34,7 @@ FORWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 BACKWARD_RETURNS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 FUSED_EPILOGUE = ("cpu", "triton")  # the backends that take an epilogue and write channel-first maps too
+MASKING = ("cpu", "triton")  # those that make an index of a padding mask
 NUM_PLAN = len(Plan._fields)
 MOST_AXES = 3  # of a grid whose blocks the backends work out
 Outputs = tuple[Tensor, ...]
@@ -246,16 +247,18 @@ def cluster(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
 MASKED = "Tensor padding_mask, {int}[] grid, {int}[] counts"
 
 
-def _fake_masked(padding_mask, grid, counts):
+def _masked(padding_mask, grid, counts, backend):
+    return _library.kernel(OP, "masked_landmarks", backend)(padding_mask, grid, counts)
+
+
+def _fake_masked(padding_mask, grid, counts, backend):
     batch, tokens = padding_mask.shape
     index = padding_mask.new_empty(batch, 1, tokens, dtype=torch.int32)
     return index, padding_mask.new_empty(batch, math.prod(counts)), padding_mask.new_empty(batch)
 
 
 _library.define(
-    f"masked_landmarks({MASKED.format(int='SymInt')}) -> (Tensor, Tensor, Tensor)",
-    lambda *arguments: torch.ops.nystromgan.masked_landmarks_native(*arguments),
-    _fake_masked,
+    f"masked_landmarks({MASKED.format(int='SymInt')}, str backend) -> (Tensor, Tensor, Tensor)", _masked, _fake_masked
 )
 _library.define_native(f"masked_landmarks_native({MASKED.format(int='int')}) -> (Tensor, Tensor, Tensor)")
 
@@ -263,8 +266,8 @@ _library.define_native(f"masked_landmarks_native({MASKED.format(int='int')}) -> 
 def masked(
     padding_mask: Tensor | None, grid: Sequence[int], counts: Sequence[int], backend: str
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`masked_landmarks` on `backend`: on the CPU a pass over each row, for a dozen of torch's operations over all."""
-    if padding_mask is None or backend != "cpu":
+    """`masked_landmarks` on `backend`: by a kernel where it has one, in the place of a dozen of torch's operations."""
+    if padding_mask is None or backend not in MASKING or len(grid) > MOST_AXES:
         return masked_landmarks(padding_mask, grid, counts)
-    index, absent, exact_rows = torch.ops.nystromgan.masked_landmarks(padding_mask, grid, counts)
+    index, absent, exact_rows = torch.ops.nystromgan.masked_landmarks(padding_mask, grid, counts, backend)
     return index, absent, exact_rows if len(grid) == 1 else None

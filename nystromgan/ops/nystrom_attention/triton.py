@@ -18,9 +18,10 @@ from nystromgan.ops.nystrom_attention import tuning
 from nystromgan.ops.nystrom_attention.landmarks import Layout, Plan
 from nystromgan.ops.nystrom_attention.triton_cluster import cluster_landmarks
 from nystromgan.ops.nystrom_attention.triton_index import Side, index_means
+from nystromgan.ops.nystrom_attention.triton_mask import masked_landmarks
 from nystromgan.ops.nystrom_attention.triton_pool import access, block_means
 
-__all__ = ["cluster_landmarks", "nystrom_attention", "nystrom_attention_backward"]
+__all__ = ["cluster_landmarks", "masked_landmarks", "nystrom_attention", "nystrom_attention_backward"]
 
 Outputs = tuple[Tensor, ...]
 

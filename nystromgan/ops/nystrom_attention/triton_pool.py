@@ -17,14 +17,14 @@ from nystromgan.ops.nystrom_attention.triton_tokens import head_of
 
 
 @triton.jit
-def _range_of(i, size, count):
+def range_of(i, size, count):
     """First position and length of block i of `count` blocks on an axis of `size`."""
     short, longer = size // count, size % count
     return i * short + tl.minimum(i, longer), short + (i < longer).to(tl.int32)
 
 
 @triton.jit
-def _part_of(position, size, count):
+def part_of(position, size, count):
     """The block of each position on an axis of `size` in `count` blocks, and the block's length."""
     short, longer = size // count, size % count
     early = position < longer * (short + 1)
@@ -40,14 +40,14 @@ def membership(members, i_b, i_h, o_n, valid, MEMBERS: tl.constexpr):
     axis, of an "index" its pointer and strides and those of its counts.
     """
     if MEMBERS == "segments":
-        b_index, b_count = _part_of(o_n, members[0], members[1])
+        b_index, b_count = part_of(o_n, members[0], members[1])
         b_index = tl.where(valid, b_index, -1)
     elif MEMBERS == "blocks":
         plane = o_n // members[2]
-        x, size_x = _part_of(o_n - plane * members[2], members[2], members[5])
+        x, size_x = part_of(o_n - plane * members[2], members[2], members[5])
         t = plane // members[1]
-        y, size_y = _part_of(plane - t * members[1], members[1], members[4])
-        t, size_t = _part_of(t, members[0], members[3])
+        y, size_y = part_of(plane - t * members[1], members[1], members[4])
+        t, size_t = part_of(t, members[0], members[3])
         b_index = tl.where(valid, (t * members[4] + y) * members[5] + x, -1)
         b_count = size_t * size_y * size_x
     else:
@@ -75,9 +75,9 @@ def block_mean_kernel(
         g0, g1, g2 = k0, k1, k2
         pid -= programs
     i_bh, m = pid // M, pid % M
-    first0, size0 = _range_of(m // (c1 * c2), g0, c0)
-    first1, size1 = _range_of((m // c2) % c1, g1, c1)
-    first2, size2 = _range_of(m % c2, g2, c2)
+    first0, size0 = range_of(m // (c1 * c2), g0, c0)
+    first1, size1 = range_of((m // c2) % c1, g1, c1)
+    first2, size2 = range_of(m % c2, g2, c2)
     p, s_n = head_of(p, s_b, s_h, s_n, (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), ACCESS)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
