@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,18 +60,29 @@ def kernel(op: str, name: str, backend: str) -> Callable:
 def register_autograd(name: str, setup_context: Callable, backward: Callable) -> None:
     """Gives the op `name`, whose arguments have no defaults, its derivative.
 
-    What torch.library.register_autograd does, but for looking up defaults: that goes through the schema once for every
-    pair of arguments, 0.15 ms a call for an op of 19, half of what a small attention took. An op of lists of tensors is
-    left to torch: an autograd.Function sees no gradient inside a list.
+    What torch.library.register_autograd does, but for looking up defaults and for trees: the first goes through the
+    schema once for every pair of arguments, 0.15 ms a call for an op of 19, half of what a small attention took; the
+    second took 0.1 ms for every call of an op of lists.
     """
     op = getattr(torch.ops.nystromgan, name).default
-    if any(argument.type.isSubtypeOf(torch.ListType.ofTensors()) for argument in op._schema.arguments):
-        torch.library.register_autograd(f"nystromgan::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-        return
 
     def below(keyset: torch._C.DispatchKeySet, inputs: Sequence[Any]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+    has_lists = any(argument.type.isSubtypeOf(torch.ListType.ofTensors()) for argument in op._schema.arguments)
+    apply = (_apply_to_lists if has_lists else _apply)(below, setup_context, backward)
+
+    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return apply(keyset, inputs)
+        return below(keyset, inputs)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _apply(below: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """What calls an op and records its derivative."""
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
@@ -85,12 +97,55 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
             result = backward(ctx, *grads)
             return (*result, None) if isinstance(result, tuple) else (result, None)
 
-    def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return Differentiable.apply(*inputs, keyset)
-        return below(keyset, inputs)
+    return lambda keyset, inputs: Differentiable.apply(*inputs, keyset)
 
-    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+def _apply_to_lists(below: Callable, setup_context: Callable, backward: Callable) -> Callable:
+    """`_apply` for an op of lists of tensors, in which an autograd.Function sees no gradient: they go one by one."""
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: torch._C.DispatchKeySet, sizes: list, *flat: Any) -> Any:
+            inputs = _grouped(flat, sizes)
+            output = below(keyset, inputs)
+            setup_context(ctx, inputs, output)
+            ctx.sizes = tuple(sizes)
+            results, sizes[:] = _flattened(
+                output if isinstance(output, tuple) else (output,)
+            )  # of the results from here
+            ctx.result_sizes = tuple(sizes)
+            return tuple(results)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            result = backward(ctx, *_grouped(grads, ctx.result_sizes))
+            flat: list[Any] = []
+            for grad, size in zip(result if isinstance(result, tuple) else (result,), ctx.sizes, strict=True):
+                flat.extend([grad] if size is None else [None] * size if grad is None else grad)
+            return None, None, *flat
+
+    def apply(keyset: torch._C.DispatchKeySet, inputs: Sequence[Any]) -> Any:
+        flat, sizes = _flattened(inputs)
+        results = Differentiable.apply(keyset, sizes, *flat)
+        grouped = _grouped(results, sizes)
+        return grouped[0] if len(grouped) == 1 else tuple(grouped)
+
+    return apply
+
+
+def _flattened(values: Sequence[Any]) -> tuple[list[Any], list[int | None]]:
+    """Values with the members of lists in their places, and the length of each list, None of what is none."""
+    sizes = [len(value) if isinstance(value, (list, tuple)) else None for value in values]
+    flat: list[Any] = []
+    for value, size in zip(values, sizes, strict=True):
+        flat.extend([value] if size is None else value)
+    return flat, sizes
+
+
+def _grouped(flat: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+    """The inverse of `_flattened`."""
+    rest = iter(flat)
+    return [next(rest) if size is None else list(itertools.islice(rest, size)) for size in sizes]
 
 
 def vjp_of_vjp(

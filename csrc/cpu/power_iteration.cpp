@@ -56,8 +56,8 @@ class Plan {
 
   // Of one call.
   Schedule schedule() {
-    const int64_t num_tasks = tasks_.size();
-    return {run_parallel, blocks_.data(), tasks_.data(), num_tasks, progress_.data()};
+    const int64_t num_blocks = blocks_.size(), num_tasks = tasks_.size();
+    return {run_parallel, blocks_.data(), tasks_.data(), num_blocks, num_tasks, progress_.data()};
   }
 
  private:

@@ -41,7 +41,7 @@ struct Schedule {
   ParallelRun run;
   const RowBlock* blocks;
   const Task* tasks;
-  int64_t num_tasks;
+  int64_t num_blocks, num_tasks;
   Progress* progress;  // [num_weights]
 };
 

@@ -32,7 +32,8 @@ void wait_for(const Progress& progress, int64_t stage) {
 template <class Work, class Finish>
 void run_tasks(const Schedule& schedule, Work work, Finish finish) {
   int64_t next = 0;
-  parallel(schedule.run, schedule.num_tasks, [&](int64_t, int64_t) {
+  // on a thread for each block at most, as more would only wait: to wake one takes as long as a block of 100 x 100
+  parallel(schedule.run, schedule.num_blocks, [&](int64_t, int64_t) {
     for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < schedule.num_tasks;) {
       const Task& task = schedule.tasks[i];
       const RowBlock& block = schedule.blocks[task.block];

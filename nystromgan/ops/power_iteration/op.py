@@ -322,8 +322,7 @@ def _save_spectral_step(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _differentiate_spectral_step(ctx: Any, grad_outputs: list[Tensor], *_: Tensor) -> tuple:
     grads = _differentiate_spectral_normalize(ctx, grad_outputs)[0]
-    constants = [None] * len(grads)
-    return grads, constants, constants, None, None
+    return grads, None, None, None, None
 
 
 _library.register_autograd("spectral_step", _save_spectral_step, _differentiate_spectral_step)
