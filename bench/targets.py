@@ -52,6 +52,7 @@ TARGETS = [
            against=PLAIN),
     Target("Two Lloyd steps, what both passes cost", "clustered", 1.6, "cost", mode=BOTH, against=PLAIN),
     Target("Exact attention of maps, against transposing, padding and SDPA", "maps", 1.3),
+    Target("Power iteration of 20 layers, against torch's", "power iteration", 2.5, mode=FORWARD),
     Target("W / sigma of 20 layers in training, against torch's", "spectral norm", 2.5),
     Target("Spectral norm in eval, where nothing is computed again", "spectral norm, eval", 2.5),
 ]  # fmt: skip

@@ -36,10 +36,10 @@ def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Ten
 
 
 def masked(padding: Callable[[Tensor], Tensor]) -> Form:
-    """Torch's fused attention, whichever takes a boolean mask, under a mask (B, N) of the query, True = ignore."""
+    """Torch's fused attention, whichever takes a boolean mask, under a mask (B, N) of the key, True = ignore."""
 
     def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=~padding(query)[:, None, None])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=~padding(key)[:, None, None])
 
     return form
 

@@ -61,10 +61,10 @@ def two_sdpa(num_landmarks: int) -> Form:
 
 
 def two_sdpa_padded(num_landmarks: int, padding: Callable[[Tensor], Tensor]) -> Form:
-    """`two_sdpa` under a mask (B, N) of the query, True = ignore: means over valid tokens by a product, G masked."""
+    """`two_sdpa` under a mask (B, N) of the key, True = ignore: means over valid tokens by a product, G masked."""
 
     def form(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        scale, padding_mask = query.shape[-1] ** -0.5, padding(query)
+        scale, padding_mask = query.shape[-1] ** -0.5, padding(key)
         index, _, _ = masked_segments(padding_mask, num_landmarks)
         members = F.one_hot(index.long() + 1, num_landmarks + 1)[..., 1:].mT.to(query.dtype)  # (B, 1, M, N)
         query_landmarks, key_landmarks = (members @ x / members.sum(-1, keepdim=True) for x in (query, key))

@@ -187,11 +187,11 @@ def padded_case(batch: int, tokens: int, dtype: str, device: str) -> Case:
     flops, moved = work(shape, dtype, device)
     plain = ours(num_landmarks=64)
 
-    def padding(query: Tensor) -> Tensor:
-        return draw.padding(query.shape[0], query.shape[2], query.device)
+    def padding(key: Tensor) -> Tensor:
+        return draw.padding(key.shape[0], key.shape[2], key.device)
 
     def form(backend: str) -> Form:
-        return lambda query, key, value: plain(backend)(query, key, value, key_padding_mask=padding(query))
+        return lambda query, key, value: plain(backend)(query, key, value, key_padding_mask=padding(key))
 
     full = exact.masked(padding)
     return Case(
@@ -201,7 +201,7 @@ def padded_case(batch: int, tokens: int, dtype: str, device: str) -> Case:
             "two SDPA calls, masked": Peer(lambda: landmark.two_sdpa_padded(64, padding)),
             f"{FULL}, masked": Peer(lambda: full, full, flops=4.0 * batch * 8 * tokens**2 * 64),
         },
-        flops, moved, {**shape, "N": 128}, testing.TOLERANCES[DTYPES[dtype]], heads=True,
+        flops, moved, {**shape, "N": 256}, testing.TOLERANCES[DTYPES[dtype]], heads=True,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ CHANNELS[4] = CHANNELS[20][::5]
 def cases(device: str) -> list[Case]:
     depths = (20, 40) if device == "cuda" else (20,)
     found = [power_case(layers, training, "fp32") for layers in depths for training in (True, False)]
-    return found + ([sigma_case(40, "fp32")] if device == "cuda" else [])
+    return [*found, sigma_case(depths[-1], "fp32")]
 
 
 def sizes_of(layers: int) -> list[tuple[int, int]]:
