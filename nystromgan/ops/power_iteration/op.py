@@ -77,8 +77,7 @@ def spectral_normalize(
             return torch.ops.nystromgan.spectral_normalize(weights, sigma, uv, chosen)
         outputs, _, uv = torch.ops.nystromgan.spectral_step(weights, u, v, iterations, eps)
         if iterations > 0:
-            with torch.no_grad():
-                torch._foreach_copy_([*u, *v], uv.split([vector.shape[0] for vector in (*u, *v)]))
+            torch._foreach_copy_([*u, *v], uv.split([vector.shape[0] for vector in (*u, *v)]))
         return outputs
 
 
@@ -317,6 +316,7 @@ def _normalize_vjp(grad_output: Tensor, output: Tensor, scale: Tensor, uv: tuple
 
 def _save_spectral_step(ctx: Any, inputs: tuple, output: Any) -> None:
     ctx.backend = "cpu"
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[0], *output[0], *output[1:])
 
 
