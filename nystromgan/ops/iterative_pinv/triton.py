@@ -303,12 +303,27 @@ def iterate_backward(
 
 @triton.jit
 def chip_kernel(
-    p_matrix, stride_b, stride_r, stride_c, p_pinv, M, ITERATIONS: tl.constexpr, BLOCK: tl.constexpr
+    p_matrix, stride_b, stride_r, stride_c, p_work, side, p_pinv, M,
+    ITERATIONS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Z of one matrix; with PADDED both go through p_work, as (side, side)."""
     i_matrix = tl.program_id(0).to(tl.int64)
-    b_a = load_matrix(p_matrix + i_matrix * stride_b, stride_r, stride_c, M, BLOCK)  # (M, M)
+    p_matrix += i_matrix * stride_b
+    p_pinv += i_matrix * M * M
+    if PADDED:
+        p_work += i_matrix * side * side
+        copy_matrix(p_matrix, stride_r, stride_c, 1.0, M, p_work, side, BLOCK)
+        tl.debug_barrier()
+        b_a = load_matrix(p_work, side, 1, side, BLOCK)  # (M, M)
+    else:
+        b_a = load_matrix(p_matrix, stride_r, stride_c, M, BLOCK)
     b_z = chip_steps(b_a, tl.trans(b_a) / initial_scale(b_a), ITERATIONS)
-    store_matrix(p_pinv + i_matrix * M * M, b_z, M, BLOCK)
+    if PADDED:
+        store_matrix(p_work, b_z, side, BLOCK)
+        tl.debug_barrier()
+        copy_matrix(p_work, side, 1, 1.0, side, p_pinv, M, BLOCK)
+    else:
+        store_matrix(p_pinv, b_z, M, BLOCK)
 
 
 @triton.jit
@@ -442,8 +457,10 @@ def iterative_pinv(matrix: Tensor, iterations: int, global_init: bool) -> Tensor
                 **tuning.choose("iterate", architecture, block), **_triton.FUSED,
             )  # fmt: skip
             return pinv
+        pads = block == ON_CHIP and side != size  # odd rows, loaded one element at a time, spill 64 bytes on sm_90
+        work = matrix.new_empty(count, side, side) if pads else pinv
         chip_kernel[(count,)](
-            matrices, *matrices.stride(), pinv, size, ITERATIONS=iterations, BLOCK=block,
+            matrices, *matrices.stride(), work, side, pinv, size, ITERATIONS=iterations, PADDED=pads, BLOCK=block,
             **tuning.choose("chip", architecture, block), **_triton.FUSED,
         )  # fmt: skip
     return pinv
@@ -465,6 +482,6 @@ def iterative_pinv_backward(grad_output: Tensor, matrix: Tensor, iterations: int
             matrix.new_empty(count, 2 * MATRICES, side, side), side, grad_matrix, size,
             ITERATIONS=iterations, BLOCK=block,
             CHIP=block <= tuning.CHIP_MOST_BACKWARD[_triton.architecture(matrix)],
-            **tuning.choose("backward", _triton.architecture(matrix), block), **_triton.FUSED,
+            **tuning.choose("backward", _triton.architecture(matrix), block, side == size), **_triton.FUSED,
         )  # fmt: skip
     return grad_matrix

@@ -50,6 +50,9 @@ TABLE = {
     ("core_backward", 100): ("16x16/4/1", "32x16/4/1", "64x16/4/1", "64x32/8/1"),
 }
 
+# Where 16 does not divide the rows, in place of the table's: with 8 warps, 33 rows spill 8 bytes.
+UNEVEN = {("backward", 80, 64): "64x16/4/1"}
+
 
 def named(name: str) -> Config:
     """The options called, say, "64x16/8/1": a tile of 64 by 64, 16 columns a step, 8 warps, 1 stage; or "8/1"."""
@@ -58,6 +61,8 @@ def named(name: str) -> Config:
     return dict(zip(keys, values, strict=True))
 
 
-def choose(kernel: str, architecture: int, block: int) -> Config:
-    """The options of `kernel` for matrices in a tile of side `block`."""
+def choose(kernel: str, architecture: int, block: int, even: bool = True) -> Config:
+    """The options of `kernel` for matrices in a tile of side `block`; `even` where 16 divides their rows."""
+    if not even and (kernel, architecture, block) in UNEVEN:
+        return named(UNEVEN[kernel, architecture, block])
     return named(TABLE[kernel, architecture][COLUMNS.index(min(block, COLUMNS[-1]))])
