@@ -403,7 +403,8 @@ class Backward(NamedTuple):
                 KEY_ACCESS=access(self.key), VALUE_ACCESS=access(self.value), GRAD_ACCESS=access(self.grad_output),
                 HAS_MASK=mask is not None, MEMBERS=members.kind, HAS_EXACT=self.plan.exact_rows is not None,
                 HAS_GAMMA=self.gamma is not None, CONVOLVED=taps > 0, TOKEN_MAJOR=self.token_major,
-                SPLIT=split, BLOCK_K=tuning.CONVOLVED[sizes.dtype.itemsize], **tiles | options,
+                SPLIT=split, BLOCK_K=tuning.convolved_keys(sizes.architecture, sizes.widest, sizes.dtype.itemsize),
+                **tiles | options,
             )  # fmt: skip
 
         if m_blocks == 1:
@@ -419,7 +420,10 @@ class Backward(NamedTuple):
         sizes = self.sizes
         grad_query = call.empty_like(self.query_, self.token_major)
         tiles = sizes.tiles("query")
-        steps = tuning.steps(sizes.queries)
+        # where the landmarks are not at hand, several tiles save no loads, and bfloat16 heads of 256 laid out as (D, N)
+        # spill 16 to 32 bytes in that loop
+        alone = stats is not None and sizes.widest > 128 and sizes.dtype.itemsize == 2 and not self.token_major
+        steps = 1 if alone else tuning.steps(sizes.queries)
         blocks = triton.cdiv(sizes.queries, steps * tiles["BLOCK_N"])
         row_scale, delta = (grad_query_means, grad_query_means) if stats is None else stats
         backward.query_kernel[(sizes.rows * blocks,)](
