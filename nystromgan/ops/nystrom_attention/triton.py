@@ -411,15 +411,16 @@ class Backward(NamedTuple):
             launch(1, WRITE=True, SUM=True)
         else:
             # a loop over 64 landmarks a turn spills 336 bytes on sm_80 and 96 on sm_90 in heads of 128
-            launch(1, WRITE=True, SUM=False, BLOCK_M=min(tiles["BLOCK_M"], 4096 // sizes.widest))
-            launch(m_blocks, WRITE=False, SUM=True)
+            block_m = min(tiles["BLOCK_M"], 4096 // sizes.widest)
+            launch(1, WRITE=True, SUM=False, BLOCK_M=block_m, **sizes.uneven("keys_write", sizes.keys))
+            launch(m_blocks, WRITE=False, SUM=True, **({} if taps else sizes.uneven("keys_sum", sizes.keys)))
         total = _reduced(parts, grad_query_means.view(sizes.rows, -1))
         return grad_key, grad_value, total.view(grad_query_means.shape)
 
     def query(self, stats: tuple[Tensor, Tensor] | None, grad_query_means: Tensor, members: call.Members) -> Tensor:
         sizes = self.sizes
         grad_query = call.empty_like(self.query_, self.token_major)
-        tiles = sizes.tiles("query")
+        tiles = sizes.tiles("query") | sizes.uneven("query", sizes.queries)
         # where the landmarks are not at hand, several tiles save no loads, and bfloat16 heads of 256 laid out as (D, N)
         # spill 16 to 32 bytes in that loop
         alone = stats is not None and sizes.widest > 128 and sizes.dtype.itemsize == 2 and not self.token_major

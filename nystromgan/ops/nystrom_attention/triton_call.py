@@ -63,6 +63,11 @@ class Sizes(NamedTuple):
             **_triton.FUSED,
         }
 
+    def uneven(self, name: str, tokens: int) -> dict[str, int]:
+        """Options of pass `name` over so many tokens that replace those of `tiles`."""
+        dim = max(self.head_dim, self.value_dim)
+        return tuning.uneven(name, self.architecture, dim, self.dtype.itemsize, tokens, self.landmarks)
+
 
 def given(tensor: Tensor | None, absent: Tensor) -> Tensor:
     """A tensor, contiguous; `absent` in place of None, never read."""

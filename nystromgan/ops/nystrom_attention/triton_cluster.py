@@ -114,6 +114,7 @@ def _lloyd_step(
         BLOCK_M=block_m, BLOCK_N=config.tokens, BLOCK_D=block_d,
         PRECISION=_triton.precision(tokens.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
         **_triton.FUSED,
+        **tuning.uneven("lloyd", architecture, dim, tokens.element_size(), num_landmarks),
     )  # fmt: skip
     if fused:
         return means_of_sums([Sums(sums, totals)], 1, batch, fallback=landmarks)[0]

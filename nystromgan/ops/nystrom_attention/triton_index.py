@@ -225,11 +225,15 @@ def means_of_sums(
         (*one, mean, one.sums.shape[1], i * programs, (i + 1) * programs)
         for i, (one, mean) in enumerate(zip(summed, means, strict=True))
     ]
+    uneven: dict[str, int] = {}
+    if len(summed) == 3:
+        architecture = _triton.architecture(means[0])
+        uneven = tuning.uneven("means_of_three", architecture, max(dim, value_dim), 4, num_landmarks)
     mean_kernel[(len(summed) * programs,)](
         *_slots(arguments, sides), _triton.as_bytes(rows, means[0]), means[0] if fallback is None else fallback,
         heads, num_landmarks, dim, value_dim, m_blocks,
         SIDES=sides, HAS_VALUES=len(summed) > sides, FALLBACK=fallback is not None,
-        BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4, **_triton.FUSED,
+        BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e, num_warps=4, **_triton.FUSED, **uneven,
     )  # fmt: skip
     return means
 

@@ -74,6 +74,17 @@ TABLE = {
     ("query", 90, 2): ("64x64/4/2", "64x32/8/2", "32x16/8/1"),  # the 64 tokens that wgmma needs, on which sm_80 spills
 }
 
+# What replaces the options of a pass whose counts 16 does not divide, by pass, architecture and bytes an element, for
+# these wider head dims. To keep to a round number of registers ptxas spills 8 to 32 bytes there, and none when told
+# that number; mean_kernel needs 8 more, and keys_kernel, where it writes, fewer threads with more.
+UNEVEN = {
+    ("lloyd", 80, 4): (range(1, 17), {"maxnreg": 64}),
+    ("query", 90, 4): (range(1, 9), {"maxnreg": 128}),
+    ("keys_write", 100, 4): (range(1, 9), {"num_warps": 4, "maxnreg": 168}),
+    ("keys_sum", 80, 4): (range(33, 65), {"maxnreg": 128}),
+    ("means_of_three", 100, 4): (range(129, 257), {"maxnreg": 80}),
+}
+
 # Tokens of which one product of the convolution takes the values, by bytes an element.
 CONVOLVED = {2: 32, 4: 16}
 
@@ -119,3 +130,9 @@ def column(widest: int) -> int:
 def choose(name: str, architecture: int, widest: int, itemsize: int) -> Config:
     """The configuration of pass `name` for head dims in tiles of at most `widest`, of `itemsize` bytes an element."""
     return Config.named(TABLE[name, architecture, itemsize][column(widest)])
+
+
+def uneven(name: str, architecture: int, dim: int, itemsize: int, *counts: int) -> dict[str, int]:
+    """What replaces the options of `name` for these counts of tokens and landmarks; `dim` is the wider head dim."""
+    dims, options = UNEVEN.get((name, architecture, itemsize), (range(0), {}))
+    return options if dim in dims and any(count % 16 for count in counts) else {}
