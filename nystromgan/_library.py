@@ -110,9 +110,8 @@ def _apply_to_lists(below: Callable, setup_context: Callable, backward: Callable
             output = below(keyset, inputs)
             setup_context(ctx, inputs, output)
             ctx.sizes = tuple(sizes)
-            results, sizes[:] = _flattened(
-                output if isinstance(output, tuple) else (output,)
-            )  # of the results from here
+            # the caller's list has the sizes of the results from here on
+            results, sizes[:] = _flattened(output if isinstance(output, tuple) else (output,))
             ctx.result_sizes = tuple(sizes)
             return tuple(results)
 

@@ -260,7 +260,7 @@ else:
 
     class TestMasked:
         @pytest.mark.parametrize(
-            ("grid", "counts"), [((60,), (7,)), ((60,), (60,)), ((5, 12), (3, 5)), ((3, 4, 5), (2, 3, 2))], ids=str
+            ("grid", "counts"), [((60,), (7,)), ((60,), (600,)), ((5, 12), (3, 5)), ((3, 4, 5), (2, 3, 2))], ids=str
         )
         def test_an_index_is_that_of_torchs_operations(self, grid: tuple[int, ...], counts: tuple[int, ...]) -> None:
             mask = padding_mask([60, 59, 31, 7, 3, 0], 60, scattered=True, device=DEVICE)

@@ -36,8 +36,9 @@ def mask_segments_kernel(
         b_segment, _ = part_of(tl.maximum(b_rank, 0), size, tl.minimum(size, M))
         tl.store(p_index + i_b * N + start + o_n, tl.where(b_valid, b_segment, -1), mask=start + o_n < N)
         before += tl.sum(b_valid.to(tl.int32), 0)
-    o_m = tl.arange(0, BLOCK_M)
-    tl.store(p_absent + i_b * M + o_m, (o_m >= total).to(tl.uint8), mask=o_m < M)
+    for start in range(0, M, BLOCK_M):
+        o_m = start + tl.arange(0, BLOCK_M)
+        tl.store(p_absent + i_b * M + o_m, (o_m >= total).to(tl.uint8), mask=o_m < M)
     tl.store(p_exact + i_b, (total <= M).to(tl.uint8))
 
 
@@ -76,7 +77,7 @@ def masked_landmarks(padding_mask: Tensor, grid: Sequence[int], counts: Sequence
         if len(grid) == 1:
             mask_segments_kernel[(batch,)](
                 mask, index, flags, exact.view(torch.uint8), tokens, landmarks,
-                BLOCK_N=2048, BLOCK_M=triton.next_power_of_2(landmarks), num_warps=8, **_triton.FUSED,
+                BLOCK_N=2048, BLOCK_M=512, num_warps=8, **_triton.FUSED,
             )  # fmt: skip
         else:
             mask_blocks_kernel[(batch * landmarks,)](

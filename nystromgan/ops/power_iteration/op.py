@@ -143,7 +143,7 @@ def _fit(weight: Any, left: Any, right: Any, first: Any) -> bool:
         return False
     if left.requires_grad or right.requires_grad or not weight.device == left.device == right.device == first.device:
         return False
-    return left.ndim == 1 == right.ndim and weight.shape == (len(left), len(right)) and weight.numel() > 0
+    return left.ndim == 1 == right.ndim and weight.shape == (left.shape[0], right.shape[0]) and weight.numel() > 0
 
 
 def _explain(index: str, weight: Any, left: Any, right: Any, first: Tensor) -> None:
