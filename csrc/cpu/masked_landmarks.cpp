@@ -46,7 +46,13 @@ void index_blocks(const Row& row, const int32_t* block) {
 
 // index (B, 1, S) int32, absent (B, M) and exact_rows (B,), which only a sequence, a grid of one axis, can have.
 std::tuple<Tensor, Tensor, Tensor> masked_landmarks(const Tensor& padding_mask, const Sizes& grid, const Sizes& counts) {
+  STD_TORCH_CHECK(padding_mask.dim() == 2 && padding_mask.scalar_type() == ScalarType::Bool,
+                  "padding_mask must be a boolean matrix, got ", padding_mask.dim(), " axes of ",
+                  torch::headeronly::toString(padding_mask.scalar_type()));
   const int64_t batch = padding_mask.size(0), tokens = padding_mask.size(1);
+  const int64_t positions = std::accumulate(grid.begin(), grid.end(), int64_t{1}, std::multiplies<>());
+  STD_TORCH_CHECK(grid.size() == counts.size() && positions == tokens, "a grid of as many axes as counts must have ", tokens,
+                  " positions, got ", positions);
   const int64_t landmarks = std::accumulate(counts.begin(), counts.end(), int64_t{1}, std::multiplies<>());
   const Tensor mask = torch::stable::contiguous(padding_mask);
   const Tensor index = empty(mask, {batch, 1, tokens}, ScalarType::Int);

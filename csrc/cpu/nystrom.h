@@ -280,8 +280,10 @@ inline const bool* masked_columns(const bool* mask, int64_t b, int64_t m) {
   return mask != nullptr && memchr(mask + b * m, true, m) != nullptr ? mask + b * m : nullptr;
 }
 
-// Whether a mask leaves none of `count` tokens, as in most blocks of padding: they take no part and need no products.
-inline bool masks_all(const bool* mask, int64_t count) { return mask != nullptr && memchr(mask, false, count) == nullptr; }
+// Whether a mask leaves none of `count` tokens from `first` on, as in most blocks of padding: they need no products.
+inline bool masks_all(const bool* mask, int64_t first, int64_t count) {
+  return mask != nullptr && memchr(mask + first, false, count) == nullptr;
+}
 
 // -inf for the columns of a row from m on, and for those masked.
 inline void exclude_columns(float* x, int64_t m, int64_t padded, const bool* mask) {

@@ -225,7 +225,7 @@ struct Backward {
       const int64_t rows = min(block, last - n);
       const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
       const Tokens &k = p.key, &v = p.value;
-      if (masks_all(mask ? mask + n : nullptr, rows)) {
+      if (masks_all(mask, n, rows)) {
         memset(grad_key, 0, rows * ldd * sizeof(float));
         memset(grad_value, 0, rows * lde * sizeof(float));
       } else {

@@ -39,7 +39,7 @@ struct Forward {
       const int64_t count = min(block, last - n);
       const T *key = row<T>(p.key, b, h, n), *value = row<T>(p.value, b, h, n);
       const int64_t next = min(block, last - n - count);
-      if (masks_all(mask ? mask + n : nullptr, count)) continue;
+      if (masks_all(mask, n, count)) continue;
       // [keys, D] x [D, M]
       const auto keys = E::left(key, count, d, p.key.token, p.key.channel, left);
       multiply_ahead<E, T, false>(
