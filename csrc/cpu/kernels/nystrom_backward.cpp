@@ -326,10 +326,12 @@ struct Backward {
       if (index[n] < 0) continue;
       const float *from = grad_means + index[n] * d, factor = count[index[n]];
       T* to = row<T>(f.grad_query, b, h, n);
-      const int64_t step = f.grad_query.channel;
-      int64_t c = 0;
-      for (; step == 1 && c + kLanes <= d; c += kLanes) store(to + c, load(to + c) + factor * load(from + c));
-      for (; c < d; ++c) to[c * step] = from_float<T>(to_float(to[c * step]) + factor * from[c]);
+      const int64_t step = f.grad_query.channel, whole = step == 1 ? d / kLanes * kLanes : 0;
+      for (int64_t c = 0; c < whole; c += kLanes) store(to + c, load(to + c) + factor * load(from + c));
+      if (step == 1 && whole < d)
+        store_first(
+            to + whole, load_first(to + whole, d - whole) + factor * load_first(from + whole, d - whole), d - whole);
+      for (int64_t c = 0; step != 1 && c < d; ++c) to[c * step] = from_float<T>(to_float(to[c * step]) + factor * from[c]);
     }
   }
 
