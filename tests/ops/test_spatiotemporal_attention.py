@@ -6,8 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nystromgan import UnsupportedError, spatiotemporal_attention
+from nystromgan._library import vjp_of_vjp
+from nystromgan.ops.spatiotemporal_attention import reference
+from nystromgan.ops.spatiotemporal_attention.reference import Cotangents
 from nystromgan.testing import (
     NATIVE_DTYPES,
     assert_matches_reference,
@@ -233,6 +237,77 @@ def test_derivatives_of_every_order(epilogue: bool) -> None:
 
     torch.autograd.gradcheck(function, inputs)
     torch.autograd.gradgradcheck(function, inputs)
+
+
+class TestSecondDerivative:
+    """What every backend differentiates its backward with, in float64 beside autograd's of the definition."""
+
+    @staticmethod
+    def problem(masked: bool, scaled: bool) -> tuple[list[Tensor | None], Cotangents]:
+        """grad_output, query, key, value, mask and gamma; the cotangents of the gradients."""
+
+        def draw(*shape: int, seed: int) -> Tensor:
+            return normal(*shape, dtype=torch.float64, seed=seed)
+
+        shapes = ((2, 3, 5, 6), (2, 3, 4, 6), (2, 3, 4, 7), (2, 3, 5, 7))
+        tensors = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+        mask = normal(2, 7, seed=5) > 0.5
+        mask[0] = True  # a row without a key
+        gamma, of_gamma = (torch.tensor(x, dtype=torch.float64) if scaled else None for x in (0.7, 1.3))
+        others = (draw(*x.shape, seed=10 + i) for i, x in enumerate(tensors[1:]))
+        return [*tensors, mask if masked else None, gamma], Cotangents(*others, of_gamma)
+
+    @pytest.mark.parametrize("elements", [1, 100, 2**20])
+    @pytest.mark.parametrize("left_out", [(), (0,), (1,), (2,), (3,), (0, 1), (0, 2), (1, 2)])
+    @pytest.mark.parametrize("scaled", [False, True])
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_is_that_of_the_definition_in_blocks_of_any_size(
+        self, masked: bool, scaled: bool, left_out: tuple[int, ...], elements: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(reference.MOST_ELEMENTS, "cpu", elements)
+        (grad_output, query, key, value, mask, gamma), cotangents = self.problem(masked, scaled)
+        cotangents = Cotangents(*(None if i in left_out else x for i, x in enumerate(cotangents)))
+
+        def definition(query: Tensor, key: Tensor, value: Tensor, gamma: Tensor | None) -> Tensor:
+            return reference.spatiotemporal_attention(query, key, value, mask, gamma, None, 0.6)
+
+        second, firsts = vjp_of_vjp(definition, [query, key, value, gamma], grad_output, cotangents)
+        found = reference.second_derivative(grad_output, query, key, value, mask, gamma, 0.6, cotangents)
+        for grad, expected in zip(found, [second, *firsts], strict=True):
+            if grad is not None:
+                torch.testing.assert_close(grad, torch.zeros_like(grad) if expected is None else expected)
+
+    def test_has_derivatives_itself(self) -> None:
+        (*tensors, mask, gamma), cotangents = self.problem(True, True)
+        leaves = [x.requires_grad_() for x in (*tensors, gamma, *cotangents)]
+
+        def function(*args: Tensor) -> tuple[Tensor, ...]:
+            return reference.second_derivative(*args[:4], mask, args[4], 0.6, Cotangents(*args[5:]))
+
+        torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+    @pytest.mark.parametrize("backend", native_backends_of("spatiotemporal_attention"))
+    def test_a_gradient_penalty_holds_no_matrix_of_all_pairs(
+        self, backend: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Largest(TorchDispatchMode):
+            size = 0
+
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                result = func(*args, **(kwargs or {}))
+                for x in result if isinstance(result, (tuple, list)) else (result,):
+                    self.size = max(self.size, x.numel()) if isinstance(x, Tensor) else self.size
+                return result
+
+        side = "cpu" if device_of(backend) == "cpu" else "cuda"
+        monkeypatch.setitem(reference.MOST_ELEMENTS, side, 64 * 300)
+        inputs = {name: x.requires_grad_() for name, x in map_inputs(1, 4, (300,), device=device_of(backend)).items()}
+        grads = torch.autograd.grad(
+            spatiotemporal_attention(**inputs, backend=backend).square().sum(), list(inputs.values()), create_graph=True
+        )
+        with Largest() as largest:
+            torch.autograd.grad(sum(grad.square().sum() for grad in grads), list(inputs.values()))
+        assert 0 < largest.size <= 64 * 300
 
 
 T = torch.empty  # shapes of the wrong tensors below

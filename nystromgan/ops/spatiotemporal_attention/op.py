@@ -42,8 +42,8 @@ def spatiotemporal_attention(
         TypeError, ValueError: naming the argument, the rule and the value.
         UnsupportedError: a named backend cannot run this input.
 
-    Differentiable to any order: the first by the backend's backward, higher ones through the definition, which stores
-    the N x S weights. Under autocast, inputs are cast to its dtype.
+    Differentiable to any order: the first by the backend's backward, the second in blocks of queries, both without an
+    N x S matrix; higher ones store it. Under autocast, inputs are cast to its dtype.
     Source: Zhang et al., "Self-Attention Generative Adversarial Networks", 2019, eq. 1 to 3.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -223,13 +223,16 @@ def _save_backward(ctx, inputs, output):
 
 
 def _differentiate_backward(ctx, *grad_grads):
+    if all(grad is None for grad in grad_grads):
+        return (None,) * 11
     grad_output, query, key, value, mask, gamma = ctx.saved_tensors
-
-    def definition(query, key, value, gamma):
-        return reference.spatiotemporal_attention(query, key, value, mask, gamma, None, ctx.scale)
-
-    second, firsts = _library.vjp_of_vjp(definition, [query, key, value, gamma], grad_output, grad_grads)
-    return second, *firsts[:3], None, firsts[3], None, None, None, None, None
+    of_query, of_key, of_value, of_gamma = grad_grads
+    cotangents = reference.Cotangents(of_query, of_key, of_value, None if gamma is None else of_gamma)
+    with _library.without_autocast(query.device.type):
+        *grads, grad_gamma = reference.second_derivative(
+            grad_output, query, key, value, mask, gamma, ctx.scale, cotangents
+        )
+    return *grads, None, grad_gamma, None, None, None, None, None
 
 
 _library.register_autograd(OP, _save_forward, _differentiate_forward)
