@@ -265,6 +265,7 @@ class TestSecondDerivative:
         self, masked: bool, scaled: bool, left_out: tuple[int, ...], elements: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(reference.MOST_ELEMENTS, "cpu", elements)
+        monkeypatch.setattr(reference, "LEAST_QUERIES", 1)
         (grad_output, query, key, value, mask, gamma), cotangents = self.problem(masked, scaled)
         cotangents = Cotangents(*(None if i in left_out else x for i, x in enumerate(cotangents)))
 
