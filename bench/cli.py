@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nystromgan import _native
 from nystromgan.bench import compare, landmarks, machine, memory, runner, store
 from nystromgan.bench.case import DEVICES, MODES, OURS, PASSES, Case
 from nystromgan.bench.cases import cases
@@ -42,6 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if args.compare:
         return compare.run(args.compare, chosen, args.mode or MODES, args.device, args.full)
     folder, start = args.output / machine.name(args.device), time.perf_counter()
+    if args.device == "cpu" and (reasons := _native.cpu_reasons()):
+        # standard error, beside the progress: the numbers are true, but not of what the reader came for
+        print(f"No native kernels: 'nystromgan' below is its reference in PyTorch ({reasons[0]})", file=sys.stderr)
     parts = args.part or PARTS
     if "time" in parts:
         _times(chosen, folder, args, start + TIMES_UNTIL_S)

@@ -373,6 +373,15 @@ def test_the_command_writes_results_and_the_report_reads_them(tmp_path: pathlib.
     assert "| pinv B=8 M=64 fp32 | forward |" in (tmp_path / "page" / "report.md").read_text()
 
 
+def test_a_run_without_native_kernels_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capsys) -> None:
+    arguments = ["bench", "--case", "pinv B=8 M=16 fp32", "--part", "memory", "--output", str(tmp_path)]
+    for reasons in ([], ["the native CPU library is not built"]):
+        monkeypatch.setattr(bench_cli._native, "cpu_reasons", lambda reasons=reasons: reasons)
+        monkeypatch.setattr(bench_cli, "_memory", lambda *arguments: None)
+        assert cli.main(arguments) == 0
+        assert ("No native kernels" in capsys.readouterr().err) == bool(reasons)
+
+
 def test_an_unknown_case_is_one_clear_line(capsys) -> None:
     assert cli.main(["bench", "--case", "no such case"]) == 1
     assert "'no such case'" in capsys.readouterr().err
