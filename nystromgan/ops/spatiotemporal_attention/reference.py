@@ -34,7 +34,7 @@ def spatiotemporal_attention(
 
 
 # Elements of a (B, H, S, n) matrix of the second derivative, of which about ten are held at once: on a CPU they stay in
-# cache. But n at least LEAST_QUERIES, since products of few columns are slow: over 8 x 16384 keys, 4 took twice as long.
+# cache. n is LEAST_QUERIES at least, since products of few columns are slow: over 8 x 16384 keys, 4 took twice as long.
 MOST_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 LEAST_QUERIES = 64
 
