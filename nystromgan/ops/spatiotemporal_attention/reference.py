@@ -1,5 +1,4 @@
-"""Exact attention over all positions in plain PyTorch: the definition that every backend is tested against, and what
-every backend differentiates its backward with."""
+"""Exact attention over all positions in plain PyTorch: the definition, and the second derivative of every backend."""
 
 from typing import NamedTuple
 
@@ -52,10 +51,11 @@ def second_derivative(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None,
     gamma: Tensor | None, scale: float, cotangents: Cotangents,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of L = sum(gradient * cotangent) for grad_output G, query, key, value and gamma.
+    """Gradients of L = sum(gradient * cotangent) for grad_output G (B, H, E, N), query, key, value and gamma.
 
-    With weights P (S, N), R = V^T G, the cotangents A, B, C, c of the four gradients, T = scale (K^T A + B^T Q), and
-    < > for the sum of a column:
+    The other arguments are those of `spatiotemporal_attention`, of which this differentiates the backward; results have
+    their shapes and dtypes, sums are float32 at least. Differentiable to any order. With weights P (S, N), R = V^T G,
+    the cotangents A, B, C, c of the four gradients, T = scale (K^T A + B^T Q), and < > for the sum of a column:
 
         dlogits = gamma P (R - <P R>)                 L = sum(dlogits T + gamma P (C^T G) + c P R)
         U = P (T - <P T>)                             dL / dR = gamma U + c P
