@@ -70,8 +70,14 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable) ->
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
+    def below_function(keyset: torch._C.DispatchKeySet, inputs: Sequence[Any]) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return below(keyset, inputs)
+        with torch.enable_grad():  # of outer transforms, for which a Function's forward has switched it off too
+            return below(keyset, inputs)
+
     has_lists = any(argument.type.isSubtypeOf(torch.ListType.ofTensors()) for argument in op._schema.arguments)
-    apply = (_apply_to_lists if has_lists else _apply)(below, setup_context, backward)
+    apply = (_apply_to_lists if has_lists else _apply)(below_function, setup_context, backward)
 
     def autograd(keyset: torch._C.DispatchKeySet, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
@@ -97,7 +103,27 @@ def _apply(below: Callable, setup_context: Callable, backward: Callable) -> Call
             result = backward(ctx, *grads)
             return (*result, None) if isinstance(result, tuple) else (result, None)
 
-    return lambda keyset, inputs: Differentiable.apply(*inputs, keyset)
+    apply = _apply_of(Differentiable)
+    return lambda keyset, inputs: apply(*inputs, keyset)
+
+
+def _apply_of(function: type[torch.autograd.Function]) -> Callable:
+    """Its `apply`, also under torch.func.
+
+    A transform has come down to its own level when an op's kernel runs, and records there as autograd does. The public
+    `apply` would start at the top again, and refuses a function without `setup_context`.
+    """
+    record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*args: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        from torch._functorch.utils import enable_single_level_autograd_function  # private: only where it is needed
+
+        with enable_single_level_autograd_function():
+            return record(*args)
+
+    return apply
 
 
 def _apply_to_lists(below: Callable, setup_context: Callable, backward: Callable) -> Callable:
@@ -123,9 +149,11 @@ def _apply_to_lists(below: Callable, setup_context: Callable, backward: Callable
                 flat.extend([grad] if size is None else [None] * size if grad is None else grad)
             return None, None, *flat
 
+    record = _apply_of(Differentiable)
+
     def apply(keyset: torch._C.DispatchKeySet, inputs: Sequence[Any]) -> Any:
         flat, sizes = _flattened(inputs)
-        results = Differentiable.apply(keyset, sizes, *flat)
+        results = record(keyset, sizes, *flat)
         grouped = _grouped(results, sizes)
         return grouped[0] if len(grouped) == 1 else tuple(grouped)
 

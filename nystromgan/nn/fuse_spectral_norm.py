@@ -171,6 +171,7 @@ def _method(norm: Any, weight: Tensor) -> Callable[[list[Site], int, float], Non
     # Of bfloat16 the gradient's sum over the input would lose what sums over a weight in float32 keep.
     suits = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64)
     plain = not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    plain = plain and not torch._C._are_functorch_transforms_active()
     return _step if norm.divides_input and suits and plain else _normalize
 
 

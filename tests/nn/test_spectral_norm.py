@@ -442,6 +442,25 @@ def test_functional_call(form: str) -> None:
     torch.testing.assert_close(other(x), other(x))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_torch_func_are_those_of_autograd(fused: bool, training: bool) -> None:
+    layers = [spectral_norm(nn.Conv1d(4, 6, 3)), nn.ReLU(), spectral_norm(nn.Conv1d(6, 5, 3))]
+    model = nn.Sequential(*layers).train(training)
+    other = copy.deepcopy(model)  # steps change u and v
+    if fused:
+        fuse_spectral_norm(model), fuse_spectral_norm(other)
+    x = torch.randn(2, 4, 20)
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    parameters = {name: value.detach() for name, value in other.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(other, parameters, x).square().sum()
+
+    for grad, other_grad in zip(torch.func.grad(loss)(parameters).values(), expected, strict=True):
+        torch.testing.assert_close(grad, other_grad)
+
+
 def test_made_on_meta_then_filled() -> None:
     with torch.device("meta"):
         model = fuse_spectral_norm(_discriminator(spectral_norm))

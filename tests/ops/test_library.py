@@ -89,6 +89,12 @@ def differentiable(leaves: list[Tensor]) -> list[Tensor]:
     return [x for x in leaves if x.requires_grad]
 
 
+def _with(tensors: list[Tensor], numbers: tuple[int, ...], others: tuple[Tensor, ...]) -> list[Tensor]:
+    """The tensors, with others in the places of those numbers."""
+    replaced = dict(zip(numbers, others, strict=True))
+    return [replaced.get(i, x) for i, x in enumerate(tensors)]
+
+
 class TestDerivatives:
     @pytest.mark.parametrize("case", CASES)
     def test_definition_has_first_and_second(self, case: str) -> None:
@@ -125,6 +131,57 @@ class TestDerivatives:
             return grad
 
         assert relative_error(third(backend, torch.float32), third("reference", torch.float64)) < 1e-3
+
+    @on_native_backends
+    def test_transforms_of_torch_func_give_the_same(self, case: str, backend: str) -> None:
+        """grad, of itself too, and vjp. A custom op of torch.library has none of them."""
+        function, leaves = make(case, backend)
+        numbers = tuple(i for i, x in enumerate(leaves) if x.requires_grad)
+        tensors = [x.detach() for x in leaves]
+
+        def loss(*args: Tensor) -> Tensor:
+            return function(*args).square().sum()
+
+        def penalty(*args: Tensor) -> Tensor:
+            return sum((g.square().sum() for g in torch.func.grad(loss, numbers)(*args)), torch.zeros(()))
+
+        inputs = differentiable(leaves)
+        firsts = torch.autograd.grad(loss(*leaves), inputs, create_graph=True)
+        seconds = torch.autograd.grad(sum(g.square().sum() for g in firsts), inputs)
+        assert all(map(torch.equal, torch.func.grad(loss, numbers)(*tensors), firsts))
+        _, pull = torch.func.vjp(lambda *args: loss(*_with(tensors, numbers, args)), *(tensors[i] for i in numbers))
+        assert all(map(torch.equal, pull(torch.ones((), device=device_of(backend))), firsts))
+        for grads in (torch.func.grad(penalty, numbers)(*tensors), torch.autograd.grad(penalty(*leaves), inputs)):
+            for grad, expected in zip(grads, seconds, strict=True):
+                torch.testing.assert_close(grad, expected)
+
+    @on_native_backends
+    def test_no_grad_within_a_transform_is_kept(self, case: str, backend: str) -> None:
+        function, leaves = make(case, backend)
+
+        def loss(first: Tensor) -> Tensor:
+            with torch.no_grad():
+                constant = function(first, *(x.detach() for x in leaves[1:])).sum()
+            return constant * first.sum()
+
+        (expected,) = torch.autograd.grad(loss(leaves[0]), leaves[:1])
+        assert torch.equal(torch.func.grad(loss)(leaves[0].detach()), expected)
+        assert torch.equal(torch.func.grad(loss)(leaves[0]), expected)
+
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")
+    @pytest.mark.parametrize("case", ["segments", "conv", "block"])
+    def test_gradients_of_each_sample_by_vmap(self, case: str) -> None:
+        function, leaves = make(case, "auto")
+        tensors = [x.detach() for x in leaves]
+        shared = [x.shape[0] != tensors[0].shape[0] or x.ndim < 3 for x in tensors]
+
+        def loss(*sample: Tensor) -> Tensor:
+            return function(*(x if one else x[None] for x, one in zip(sample, shared, strict=True))).square().sum()
+
+        each = torch.func.vmap(torch.func.grad(loss), in_dims=tuple(None if one else 0 for one in shared))(*tensors)
+        for i, grad in enumerate(each):
+            alone = torch.func.grad(loss)(*(x if one else x[i] for x, one in zip(tensors, shared, strict=True)))
+            torch.testing.assert_close(grad, alone)
 
     @on_native_backends
     def test_gradients_of_some_inputs_only(self, case: str, backend: str) -> None:

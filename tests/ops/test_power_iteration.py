@@ -324,6 +324,28 @@ class TestGradients:
         assert torch.autograd.gradcheck(singular_value, weight)
         assert torch.autograd.gradgradcheck(singular_value, weight)
 
+    @on_native_backends
+    def test_transforms_of_torch_func_give_the_same(self, backend: str) -> None:
+        weights, u, v = problem([(5, 7), (3, 4)], device=device_of(backend))
+
+        def loss(*weights: Tensor) -> Tensor:
+            outputs = spectral_normalize(list(weights), u, v, iterations=0, backend=backend)
+            sigma = power_iteration(list(weights), u, v, iterations=0, backend=backend)
+            return sum((out.pow(3).sum() for out in outputs), sigma.square().sum())
+
+        def penalty(*weights: Tensor) -> Tensor:
+            return sum(
+                (g.square().sum() for g in torch.func.grad(loss, (0, 1))(*weights)),
+                torch.zeros((), device=device_of(backend)),
+            )
+
+        leaves = [w.clone().requires_grad_() for w in weights]
+        firsts = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+        seconds = torch.autograd.grad(sum(g.square().sum() for g in firsts), leaves)
+        found = torch.func.grad(loss, (0, 1))(*weights), torch.func.grad(penalty, (0, 1))(*weights)
+        for grads, expected in zip(found, (firsts, seconds), strict=True):
+            torch.testing.assert_close(grads, tuple(x.detach() for x in expected))
+
 
 class TestNormalizeBackward:
     """The first derivative of W / sigma, an op of its own, against the definition in float64."""
