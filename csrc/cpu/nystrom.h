@@ -353,7 +353,8 @@ inline void make_core(const NystromProblem& p, int64_t i, ParallelRun team, floa
     const int64_t first = begin * kLanes, last = min(end * kLanes, m);
     float* const rows = core + first * ld;
     multiply_float<false>(last - first, ld, d, {p.query_means + (i * m + first) * d, d, 1}, packed, ld, rows, ld);
-    softmax_rows<float, true>(rows, last - first, m, ld, absent, nullptr, [] {});
+    // the inverse multiplies A's errors by its condition, and A is small beside the tokens
+    softmax_rows<double, true>(rows, last - first, m, ld, absent, nullptr, [] {});
     for (int64_t r = first; r < last; ++r) {
       const bool is_absent = p.query_landmark_mask != nullptr && p.query_landmark_mask[b * m + r];
       for (int64_t c = is_absent ? 0 : round_up(m, kLanes); c < ld; ++c) core[r * ld + c] = 0.0f;

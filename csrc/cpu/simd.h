@@ -102,8 +102,8 @@ NYSTROMGAN_INLINE int32_t reduce_min(IntVec x) {
 #endif
 }
 
-// 2^x, exactly 1 at 0, to 2e-7 relative, or to 3e-6 where it becomes a T of half precision; 0 below 2^-126, or below
-// 2^-126.5 where there is no AVX-512; NaN stays NaN. x at most 127.
+// 2^x, exactly 1 at 0, to 2e-7 relative, to 3e-6 where it becomes a T of half precision, or as near as rounding allows for
+// a T of double; 0 below 2^-126, or below 2^-126.5 where there is no AVX-512; NaN stays NaN. x at most 127.
 template <class T = float>
 NYSTROMGAN_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
@@ -116,7 +116,12 @@ NYSTROMGAN_INLINE Vec exp2(Vec x) {
   // Two chains at once: one alone leaves the multipliers waiting, a tenth of a softmax on AVX2.
   const Vec f = x - n, square = f * f;
   Vec p;
-  if constexpr (sizeof(T) == sizeof(float)) {
+  if constexpr (sizeof(T) > sizeof(float)) {
+    const Vec low = f * 0.6931472028550945f + 1.0f;
+    const Vec middle = f * 0.05550332471042011f + 0.2402264791362753f;
+    const Vec high = f * 0.0013398874452434423f + 0.009618437357637098f;
+    p = ((square * 0.00015353361998061418f + high) * square + middle) * square + low;
+  } else if constexpr (sizeof(T) == sizeof(float)) {
     const Vec low = f * 0.6931470036506653f + 1.0f;
     const Vec middle = f * 0.05550733581185341f + 0.24022242426872253f;
     const Vec high = f * 0.001326472731307149f + 0.009671512991189957f;
