@@ -194,9 +194,10 @@ struct AmxEngine {
       const BFloat16* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
     return right(src, k, cols, k_stride, col_stride, scratch);
   }
-  // B = high + low to 16 bits: two products.
+  // B = high + low: two products.
   static Right right_split(
       const float* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
+    if (!is_split(k, cols)) return right(src, k, cols, k_stride, col_stride, scratch);
     BFloat16* tiles = reinterpret_cast<BFloat16*>(scratch);
     pack_split(src, k, cols, k_stride, col_stride, tiles);
     return {tiles, 2};

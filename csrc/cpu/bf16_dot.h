@@ -167,13 +167,11 @@ struct DotEngine {
   static Right right_split(const S* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
     return right(src, k, cols, k_stride, col_stride, scratch);
   }
-  // B = high + low to 16 bits where it is thin: two products take the time of fp32, which little work does not show, and
-  // the errors of few sums do not average out. The others round less often than eager bfloat16 does.
+  // B = high + low: two products.
   static Right right_split(
       const float* src, int64_t k, int64_t cols, int64_t k_stride, int64_t col_stride, float* scratch) {
-    constexpr int64_t kThin = 16;
     Right split = right(src, k, cols, k_stride, col_stride, scratch);
-    if (k > kThin && cols > kThin) return split;
+    if (!is_split(k, cols)) return split;
     float *const rest = scratch + right_size(k, cols), *const low = rest + k * cols;  // [k, cols]
     for (int64_t i = 0; i < k; ++i)
       for (int64_t c = 0; c < cols; ++c) {

@@ -5,6 +5,14 @@
 
 namespace nystromgan::NYSTROMGAN_ISA {
 
+// Whether a right operand [k, cols] whose rounding matters is split in high + low, to 16 bits: only a thin one. Two products
+// cost twice the time, which little work does not show, and the errors of few sums do not average out. The others round less
+// often than eager bfloat16 does.
+inline bool is_split(int64_t k, int64_t cols) {
+  constexpr int64_t kThin = 16;
+  return k <= kThin || cols <= kThin;
+}
+
 // The first n of up to 32 values along k.
 NYSTROMGAN_INLINE __m512i load_along(const BFloat16* p, int64_t n) {
   return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
