@@ -29,7 +29,8 @@ constexpr int64_t kThinRatio = 3, kVeryThinRatio = 8;
 // Of fewer steps no powers are taken: gradients would be off by 2e-6 where 0.5e-6 are to be had.
 constexpr int64_t kLeastSteps = 4;
 
-// From this many rows on half of a symmetric product is made. Of 64 that saves nothing.
+// From this many rows on half of a symmetric product is made. Of 64, a forward over 2048 tokens would take
+// 0.96 to 1 of the time, by processor.
 constexpr int64_t kSymmetricSize = 96;
 
 // Of Y [m, e] and `steps` steps; `_iterates_shape` in nystromgan/ops/nystrom_attention/library.py says the same.
